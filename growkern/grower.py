@@ -1,0 +1,283 @@
+"""WHEN to grow: one growth step is measure, solve, choose, line search, widen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkern import distributed
+from growkern.eval_mode import evaluating
+from growkern.moments import Moments, collect
+from growkern.neurons import METHODS, NewNeurons, solve
+from growkern.probe import LossFn, Passes, to_device
+from growkern.sites import GrowthSite, find_sites, resolve
+from growkern.surgery import apply, trial
+
+# Amplitudes of the line search; the second grid is for when the first has none that lowers the loss.
+_GRIDS = tuple([sign * 4.0**k for k in powers for sign in (1, -1)] for powers in (range(-2, 3), (-3, -4)))
+
+
+@dataclass(frozen=True)
+class GrowthEvent:
+    """What one growth step did.
+
+    Attributes
+    ----------
+    site : str
+        Name of the site that was chosen; several are joined by commas.
+    neurons : int
+        Units that were added; 0 if growth was rejected.
+    scale : float
+        Amplitude γ at which they were added.
+    accepted : bool
+        Whether the model changed; if not, `reason` says why.
+    loss_before, loss_after : float
+        On the batches that were given, in evaluation mode.
+    bottleneck, removed, gain : float
+        As in `NewNeurons`, for the site that was chosen.
+    widths : dict of str to int
+        Units of every site after the step.
+    seconds : float
+        Wall time of the step.
+    parts : tuple of GrowthEvent
+        One for each site, with ``where="all"``.
+    """
+
+    site: str
+    neurons: int
+    scale: float
+    accepted: bool
+    loss_before: float
+    loss_after: float
+    bottleneck: float
+    removed: float
+    gain: float
+    widths: dict[str, int]
+    seconds: float
+    reason: str = ""
+    parts: tuple[GrowthEvent, ...] = ()
+
+    def __str__(self) -> str:
+        if self.parts:
+            return "\n".join(map(str, self.parts))
+        if not self.accepted:
+            return f"{self.site or 'no site'}: not grown, {self.reason} ({self.seconds:.2f} s)"
+        return (
+            f"{self.site}: +{self.neurons} -> {self.widths[self.site]} units at scale {self.scale:g}, "
+            f"loss {self.loss_before:.4g} -> {self.loss_after:.4g} ({self.seconds:.2f} s)"
+        )
+
+
+class Grower:
+    """Grows a model inside its own training loop, one `step` at a time.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A plain model.
+    optimizer : torch.optim.Optimizer or None
+        What trains it; its parameter groups and state follow every growth.
+    loss_fn : callable
+        ``loss_fn(model(input), target)``, a scalar.
+    sites : sequence of GrowthSite, optional
+        Where it may grow; by default what `find_sites` finds with the first batch.
+    method, neurons, paired, max_neurons
+        As in `solve`.
+    where : {"best", "all"}
+        The site that promises most per unit of cost, or every site in turn, measured anew for each.
+    when : {"always", "pays"} or collection of int
+        Epochs at which `due` says to grow; with "pays", a step grows only where the new weights remove more of
+        the desired change per parameter than the consumer's existing ones still can.
+    kernel, reduction, null_draws, group
+        As in `collect`.
+    update : bool
+        Also apply dW* when growing.
+    cost : {"parameters", "flops"}
+        What a promise is divided by.
+    max_parameters : int, optional
+        Never grow the model beyond this many parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        loss_fn: LossFn,
+        *,
+        sites: Sequence[GrowthSite] | None = None,
+        method: str = "tiny",
+        neurons: int | str = "auto",
+        where: str = "best",
+        when: str | Collection[int] = "always",
+        kernel: str = "full",
+        paired: bool = False,
+        update: bool = False,
+        cost: str = "parameters",
+        max_neurons: int | None = None,
+        max_parameters: int | None = None,
+        reduction: str = "mean",
+        null_draws: int = 16,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        for name, value, accepted in (
+            ("method", method, tuple(METHODS)),
+            ("where", where, ("best", "all")),
+            ("cost", cost, ("parameters", "flops")),
+            ("when", when if isinstance(when, str) else "always", ("always", "pays")),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
+        if method == "random" and neurons == "auto":
+            raise ValueError("neurons: 'random' has no directions to count; give an integer")
+        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.where, self.when, self.update, self.cost = where, when, update, cost
+        self.max_neurons, self.max_parameters = max_neurons, max_parameters
+        self._sites = None if sites is None else list(sites)
+        self._solve: dict[str, Any] = {"method": method, "neurons": neurons, "paired": paired}
+        draws = null_draws if neurons == "auto" else 0
+        self._collect: dict[str, Any] = {"kernel": kernel, "reduction": reduction, "null_draws": draws, "group": group}
+        self._turn = 0
+
+    def due(self, epoch: int) -> bool:
+        """Whether the schedule has a growth step at this epoch."""
+        return isinstance(self.when, str) or epoch in self.when
+
+    def sites(self, example_inputs: Tensor | tuple[Any, ...]) -> list[GrowthSite]:
+        """Sites that may grow, found by tracing at the first call unless given; having none is a ValueError."""
+        if self._sites is None:
+            found = find_sites(self.model, example_inputs)
+            if self._collect["kernel"] == "center":
+                found = [site for site in found if not resolve(self.model, site).between.flatten]
+            self._sites = found
+        if not self._sites:
+            raise ValueError("model: found no site that can grow; the logger 'growkern.sites' says why at level INFO")
+        return self._sites
+
+    def step(self, batches: Iterable[tuple[Any, Any]]) -> GrowthEvent:
+        """Grow once: measure, solve, choose, line-search, widen.
+
+        Parameters
+        ----------
+        batches : iterable of (input, target)
+            Read once into a list; as in `collect`.
+
+        Returns
+        -------
+        GrowthEvent
+            What happened. After a rejection model and optimizer are bit-identical to before.
+        """
+        batches = list(batches)
+        device = next(self.model.parameters()).device
+        sites = self.sites(to_device(batches[0], device)[0]) if batches else (self._sites or [])
+        if self.where == "best":
+            if self._solve["method"] == "random" and sites:
+                self._turn, sites = self._turn + 1, [sites[self._turn % len(sites)]]
+            return self._grow(sites, batches)
+        parts = tuple(self._grow([site], batches) for site in sites)
+        totals = {name: sum(getattr(p, name) for p in parts) for name in ("neurons", "bottleneck", "removed", "gain")}
+        grown = [part for part in parts if part.accepted]
+        return dataclasses.replace(
+            parts[-1],
+            site=", ".join(part.site for part in grown),
+            scale=grown[-1].scale if grown else 0.0,
+            accepted=bool(grown),
+            loss_before=parts[0].loss_before,
+            seconds=sum(part.seconds for part in parts),
+            parts=parts,
+            **totals,
+        )
+
+    def _grow(self, sites: Sequence[GrowthSite], batches: Sequence[tuple[Any, Any]]) -> GrowthEvent:
+        """One growth at the best of some sites."""
+        start = time.perf_counter()
+        moments = collect(self.model, sites, batches, self.loss_fn, **self._collect)
+        found = {name: solve(m, max_neurons=self._room(m), **self._solve) for name, m in moments.items()}
+        name, new, reason = distributed.agree(self._choose(moments, found), self._collect["group"])
+        scale = 0.0
+        passes = Passes(self.model, batches, self.loss_fn, self._collect["reduction"], self._collect["group"])
+        with evaluating(self.model), torch.no_grad():
+            before = after = passes.loss()
+            if not reason:
+                scale, after = self._line_search(new, passes, before)
+                reason = "" if scale else "no amplitude lowers the loss"
+        if scale:
+            apply(self.model, new, scale=scale, update=self.update, optimizer=self.optimizer)
+        return GrowthEvent(
+            site=name,
+            neurons=len(new) if scale else 0,
+            scale=scale,
+            accepted=bool(scale),
+            loss_before=before,
+            loss_after=after,
+            bottleneck=new.bottleneck,
+            removed=new.removed,
+            gain=new.gain,
+            widths={site.name: resolve(self.model, site).units for site in self._sites or sites},
+            seconds=time.perf_counter() - start,
+            reason=reason,
+        )
+
+    def _room(self, moments: Moments) -> int | None:
+        """Units that fit the budget at a site."""
+        if self.max_parameters is None:
+            return self.max_neurons
+        left = self.max_parameters - sum(p.numel() for p in self.model.parameters())
+        room = max(left // moments.unit_parameters, 0)
+        return room if self.max_neurons is None else min(room, self.max_neurons)
+
+    def _choose(self, moments: dict[str, Moments], found: dict[str, NewNeurons]) -> tuple[str, NewNeurons, str]:
+        """Name and neurons of the site that promises most per unit of cost, and the reason not to grow, if any."""
+
+        def promise(name: str) -> float:
+            new, each = found[name], moments[name]
+            if not len(new):
+                return -math.inf
+            by_square = new.method == "gradmax"  # it starts at zero: its gain is yet to come
+            value = float(new.singular_values.square().sum()) if by_square else new.gain
+            return value / (len(new) * (each.unit_parameters if self.cost == "parameters" else each.unit_flops))
+
+        name = max(found, key=promise)
+        if not len(found[name]):
+            full = self.max_parameters is not None and not any(self._room(m) for m in moments.values())
+            return (
+                name,
+                found[name],
+                "the parameter budget is spent" if full else "no neuron stands above chance",
+            )
+        if self.when == "pays":
+            paying = [n for n, new in found.items() if len(new) and _pays(moments[n], new)]
+            if not paying:
+                return name, found[name], "training on pays more"
+            name = max(paying, key=promise)
+        return name, found[name], ""
+
+    def _line_search(self, new: NewNeurons, passes: Passes, at_zero: float) -> tuple[float, float]:
+        """Amplitude with the least loss, and that loss; amplitude 0 if none is below the loss at 0."""
+
+        def loss(scale: float) -> float:
+            with trial(self.model, new, scale=scale, update=self.update):
+                value = passes.loss()
+            return value if math.isfinite(value) else math.inf
+
+        if METHODS[new.method].starts_at_zero != "neither":
+            return 1.0, loss(1.0)
+        losses, best = {0.0: at_zero}, 0.0
+        for grid in _GRIDS:
+            if not best:
+                losses |= {scale: loss(scale) for scale in grid}
+                best = min(losses, key=lambda scale: losses[scale])
+        losses |= {scale: loss(scale) for scale in (best / 2, best * 2) if scale}
+        best = min(losses, key=lambda scale: losses[scale])
+        return best, losses[best]
+
+
+def _pays(moments: Moments, new: NewNeurons) -> bool:
+    """Whether new weights remove more per parameter than the consumer's existing ones still can."""
+    return new.removed * new.best_update.numel() > new.reachable * len(new) * moments.unit_parameters

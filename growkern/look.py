@@ -1,0 +1,78 @@
+"""LOOK at where a network is held back, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from growkern.grower import Grower
+from growkern.moments import collect
+from growkern.neurons import solve
+from growkern.probe import LossFn, to_device
+from growkern.sites import GrowthSite, resolve
+
+
+@dataclass(frozen=True)
+class Bottlenecks:
+    """A table of where a network is held back.
+
+    Attributes
+    ----------
+    rows : list of dict
+        For each site: `site`, `units`, `bottleneck` Ψ, its `share` of E‖v‖², `reachable` (what the existing
+        weights can still do), and for new `neurons` above chance what is `removed` and their `gain`.
+    """
+
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        cells = [list(self.rows[0])] if self.rows else []
+        cells += [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = (
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+            for r in cells
+        )
+        return "\n".join(lines)
+
+
+def bottlenecks(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss_fn: LossFn,
+    *,
+    sites: Sequence[GrowthSite] | None = None,
+) -> Bottlenecks:
+    """Measure where a network is held back, without changing it.
+
+    Parameters
+    ----------
+    model, batches, loss_fn
+        As in `collect`.
+    sites : sequence of GrowthSite, optional
+        Where to look; by default everywhere.
+
+    Returns
+    -------
+    Bottlenecks
+        ``print`` it, or read its `rows`; the largest bottleneck first.
+    """
+    batches = list(batches)
+    grower = Grower(model, None, loss_fn, sites=sites)
+    if batches:
+        sites = grower.sites(to_device(batches[0], next(model.parameters()).device)[0])
+    rows = []
+    for name, each in collect(model, sites or [], batches, loss_fn).items():
+        new = solve(each)
+        share = new.bottleneck / (new.bottleneck + new.reachable or 1.0)
+        row = {
+            "site": name,
+            "units": resolve(model, each.site).units,
+            "bottleneck": new.bottleneck,
+            "share": share,
+        }
+        rows.append(row | {"reachable": new.reachable, "neurons": len(new), "removed": new.removed, "gain": new.gain})
+    return Bottlenecks(sorted(rows, key=lambda row: -row["bottleneck"]))

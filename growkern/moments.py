@@ -1,0 +1,243 @@
+"""MEASURE what a site's layers see and what the loss wants of them: second moments of (x, h, v) by hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkern import distributed, storage
+from growkern.eval_mode import evaluating
+from growkern.probe import LossFn, Passes, Probe, random_signs
+from growkern.sites import GrowthSite
+from growkern.whitening import Factor
+
+
+@dataclass
+class Moments:
+    """Second moments of one site, as means over `count` images or rows; symbols as in TINY.
+
+    Moments of several batches, workers or machines add: ``a + b``. A tensor that was not measured is None.
+
+    Attributes
+    ----------
+    site : GrowthSite
+        The site they belong to.
+    kernel : str
+        "linear"; for convolutions "full" or "center".
+    count : int
+        Images, or rows.
+    slope : float
+        Mean one-sided derivative at 0 of what lies between the layers; `smooth` says whether both agree.
+    x_bias, h_bias : bool
+        Whether x and h end in a column of ones.
+    offsets : int
+        Kernel offsets of the consumer that share one `xx`: kh·kw for "full", else 1.
+    multiple, unit_parameters, unit_flops : int
+        New units come in multiples; parameters and multiply-adds per image or row that one costs.
+    fan_in_norm, fan_out_norm : float
+        Mean norms of the existing units' weights.
+    xx, xh, xv, hh, hv, vv : Tensor
+        (p, p), (p, q), (p, r·offsets), (q, q), (q, r), (r, r). `xh` is None for "full".
+    xr : Tensor or None
+        N = E[x v⊥ᵀ] measured directly in a second pass, like `xv`.
+    null, null_h : Tensor or None
+        The same with random signs, (draws, p, r·offsets), and E[s h v⊥ᵀ], (draws, q, r).
+    x_mean, x_second : Tensor or None
+        Uniform moments of x, (p,) and (p, p), where a norm lies between (for "linear", `xx` is the second).
+    update_key : str
+        Fingerprint of the dW* behind `xr` and `null`.
+    """
+
+    site: GrowthSite
+    kernel: str
+    count: int
+    slope: float
+    smooth: bool
+    x_bias: bool
+    h_bias: bool
+    offsets: int
+    multiple: int
+    unit_parameters: int
+    unit_flops: int
+    fan_in_norm: float
+    fan_out_norm: float
+    xx: Tensor
+    xv: Tensor
+    hh: Tensor
+    hv: Tensor
+    vv: Tensor
+    xh: Tensor | None = None
+    xr: Tensor | None = None
+    null: Tensor | None = None
+    null_h: Tensor | None = None
+    x_mean: Tensor | None = None
+    x_second: Tensor | None = None
+    update_key: str = ""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that were measured, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self, *args: Any, **kwargs: Any) -> Moments:
+        """Copy with every tensor moved or cast as by `Tensor.to`."""
+        moved: dict[str, Any] = {k: t.to(*args, **kwargs) for k, t in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Pool two measurements of the same site in the same model; others, or other dW*, are a ValueError."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        mine, theirs = self.tensors(), other.tensors()
+        for what, a, b in (
+            ("site", self.site, other.site),
+            ("kernel", self.kernel, other.kernel),
+            ("shapes", *({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (mine, theirs))),
+        ):
+            if a != b:
+                raise ValueError(f"moments of one {what} add; got {a} and {b}")
+        if self.update_key != other.update_key:
+            raise ValueError(
+                "xr and null of two second passes add only if both used the same dW*: measure in one collect(), "
+                "over a torch.distributed group, or with kernel='center' and null_draws=0"
+            )
+        share = self.count / (self.count + other.count)
+        pooled: dict[str, Any] = {name: mine[name] * share + theirs[name] * (1 - share) for name in mine}
+        return dataclasses.replace(self, count=self.count + other.count, **pooled)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to one safetensors file, replaced as a whole or not at all."""
+        facts = {name: value for name, value in vars(self).items() if isinstance(value, str | int | float)}
+        storage.write(path, "moments", self.tensors(), facts | {"site": dataclasses.asdict(self.site)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Read what `save` wrote; a file that is not that, whole, is a ValueError."""
+        tensors, facts = storage.read(path, "moments")
+        site = facts.pop("site")
+        return cls(GrowthSite(**site | {"between": tuple(site["between"])}), **(facts | tensors))
+
+
+def collect(
+    model: nn.Module,
+    sites: Iterable[GrowthSite],
+    batches: Iterable[tuple[Any, Any]],
+    loss_fn: LossFn,
+    *,
+    kernel: str = "full",
+    reduction: str = "mean",
+    null_draws: int = 16,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> dict[str, Moments]:
+    """Measure the moments of sites by hooks on ordinary forward and backward passes.
+
+    The model runs in evaluation mode; parameters, their gradients, modes and random number generators are
+    left as they were. A second pass over the same batches, with the best update dW* of the first one known,
+    measures N for ``kernel="full"`` and the draws of what chance alone produces (TINY, section 3).
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    sites : iterable of GrowthSite
+        Where to measure.
+    batches : iterable of (input, target)
+        Read once into a list, and moved to the model's device. An input that is a tuple holds several arguments.
+    loss_fn : callable
+        ``loss_fn(model(input), target)``, a scalar.
+    kernel : {"full", "center"}
+        Fan-out of new channels: the consumer's whole kernel, or 1×1 at its centre.
+    reduction : {"mean", "sum"}
+        How the loss sums over its samples.
+    null_draws : int
+        Draws of random signs for ``neurons="auto"``; 0 for none.
+    group : torch.distributed.ProcessGroup, optional
+        Processes that each measure their own batches of the same model; all get the sums.
+
+    Returns
+    -------
+    dict of str to Moments
+        By name of the site.
+
+    Raises
+    ------
+    ValueError
+        For an argument that is not as described, a site that does not fit the model, no batch, a loss or a
+        moment that is not finite, or a site that no gradient reaches.
+    """
+    for name, value, accepted in (
+        ("kernel", kernel, ("full", "center")),
+        ("reduction", reduction, ("mean", "sum")),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
+    if not isinstance(null_draws, int) or null_draws < 0:
+        raise ValueError(f"null_draws: expected an integer of 0 or more, got {null_draws!r}")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches: expected at least one (input, target) pair, got none")
+    probes = {site.name: Probe(model, site, kernel) for site in sites}
+    if not probes:
+        raise ValueError("sites: expected at least one growth site, got none")
+    signs = torch.Generator().manual_seed(distributed.rank(group))
+    with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
+        for probe in probes.values():
+            hooks.enter_context(probe.watching())
+        run = Passes(model, batches, loss_fn, reduction, group)
+        sums = run.sweep(probes, lambda probe, _: probe.moments())
+        counts = {name: run.total(probe.count) for name, probe in probes.items()}
+        updates = {
+            name: Factor(sums[name]["hh"] / counts[name]).solve(sums[name]["hv"] / counts[name]).mT
+            for name, probe in probes.items()
+            if null_draws or probe.kernel == "full"
+        }
+
+        def residual(probe: Probe, batch_size: int) -> dict[str, Tensor]:
+            drawn = random_signs(null_draws, probe.rows, batch_size, signs).to(run.device) if null_draws else None
+            return probe.residual(updates[probe.site.name], drawn)
+
+        second = run.sweep({name: probes[name] for name in updates}, residual)
+    return {
+        name: _assemble(probe, counts[name], sums[name] | second.get(name, {}), updates.get(name))
+        for name, probe in probes.items()
+    }
+
+
+def _assemble(probe: Probe, count: int, sums: dict[str, Tensor], update: Tensor | None) -> Moments:
+    producer, consumer, between = probe.layers.producer, probe.layers.consumer, probe.layers.between
+    uniform = sums.pop("uniform", None)
+    means = {name: value.div_(count) for name, value in sums.items()}
+    if probe.kernel == "full":
+        means["xh"] = means["null_h"] = None  # type: ignore[assignment]
+    if update is not None and means["null"].shape[0] == 0:
+        means["null"] = means["null_h"] = None  # type: ignore[assignment]
+    if uniform is not None:
+        uniform, p = uniform / uniform[-1, -1], means["xx"].shape[0]
+        means["x_mean"], means["x_second"] = uniform[:p, -1].clone(), uniform[:p, :p].clone()
+    p, units = means["xx"].shape[0], probe.layers.units
+    fan_in = producer.weight.detach().flatten(1)
+    fan_out = consumer.weight.detach().reshape(consumer.weight.shape[0], units, -1).transpose(0, 1).flatten(1)
+    return Moments(
+        site=probe.site,
+        kernel=probe.kernel,
+        count=count,
+        slope=between.slope,
+        smooth=between.smooth,
+        x_bias=producer.bias is not None,
+        h_bias=consumer.bias is not None,
+        offsets=means["xv"].shape[1] // max(means["vv"].shape[0], 1),
+        multiple=between.multiple,
+        unit_parameters=p + fan_out.shape[1] + (0 if between.norm is None else 2),
+        unit_flops=p * probe.hidden_positions + fan_out.shape[1] * probe.output_positions,
+        fan_in_norm=float(fan_in.norm(dim=1).mean()),
+        fan_out_norm=float(fan_out.norm(dim=1).mean()),
+        update_key="" if update is None else hashlib.sha256(update.cpu().numpy().tobytes()).hexdigest()[:16],
+        **means,
+    )

@@ -1,0 +1,307 @@
+"""What sites see in forward and backward passes: x, h and v, caught by hooks and handed to the ops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from growkern import distributed, ops
+from growkern.between import Pool
+from growkern.ops import ConvGeometry
+from growkern.sites import GrowthSite, resolve
+
+LossFn = Callable[[Any, Any], Tensor]
+_GROUP = 64  # consecutive rows that share a random sign where they do not belong to one image or sequence
+
+
+class Probe:
+    """Hooks on the two layers of one site.
+
+    Attributes
+    ----------
+    kernel : str
+        "linear", "full" or "center".
+    count : int
+        Images or rows that `moments` has summed so far.
+    hidden_positions, output_positions : int
+        Sizes of the producer's and the consumer's output maps; 1 for linear layers.
+    """
+
+    def __init__(self, model: nn.Module, site: GrowthSite, kernel: str) -> None:
+        self.site, self.layers = site, resolve(model, site)
+        self.kernel = kernel if isinstance(self.layers.producer, nn.Conv2d) else "linear"
+        if kernel == "center" and self.layers.between.flatten:
+            raise ValueError(
+                f"kernel: 'center' has no meaning for site {site.name!r}, whose consumer reads a whole map"
+            )
+        self.count = 0
+        self.hidden_positions = self.output_positions = 1
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the last pass has left."""
+        self._seen: dict[str, tuple[Tensor, int]] = {}
+        self._edge: Any = None
+        self._listening = True
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keep the hooks in place for the duration of a with block."""
+
+        def reads(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if self._listening:
+                    self._see(name, args[0] if args else kwargs["input"])
+
+            return hook
+
+        def writes(_: nn.Module, args: tuple[Any, ...], z: Tensor) -> None:
+            if self._listening and z.requires_grad:
+                self._edge = torch.autograd.graph.get_gradient_edge(z)
+
+        handles = [
+            self.layers.producer.register_forward_pre_hook(reads("x"), with_kwargs=True),
+            self.layers.consumer.register_forward_pre_hook(reads("h"), with_kwargs=True),
+            self.layers.consumer.register_forward_hook(writes),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.forget()
+
+    def _see(self, name: str, value: Tensor) -> None:
+        if name in self._seen:
+            raise ValueError(f"site {self.site.name!r}: its layers are called more than once in one forward pass")
+        self._seen[name] = (value.detach(), value._version)
+
+    def edge(self) -> Any:
+        """Where in the graph of the last forward pass the consumer's output is; stop listening until `forget`."""
+        self._listening = False  # checkpointed layers run again in the backward pass
+        if self._seen.keys() != {"x", "h"}:
+            raise ValueError(f"site {self.site.name!r}: the forward pass did not call both of its layers")
+        if self._edge is None:
+            raise ValueError(
+                f"site {self.site.name!r}: no gradient flows to {self.site.consumer}; is everything frozen?"
+            )
+        return self._edge
+
+    def receive(self, gradient: Tensor | None, batch_size: int, mean: bool) -> None:
+        """Take −∂L/∂z, times `batch_size` for a mean loss, and make x, h and v of it."""
+        if gradient is None:
+            raise ValueError(
+                f"site {self.site.name!r}: no gradient reaches {self.site.consumer}; the loss does not use it"
+            )
+        for name, (value, version) in self._seen.items():
+            if value._version != version:
+                raise ValueError(f"site {self.site.name!r}: {name} was changed in place after its layer had read it")
+        x, h, v = self._seen["x"][0], self._seen["h"][0], gradient
+        dtype = x.dtype if x.dtype == h.dtype == v.dtype else torch.float32
+        x, h, v = x.to(dtype), h.to(dtype), v.to(dtype)
+        self.forget()
+        producer, consumer = self.layers.producer, self.layers.consumer
+        self._flags: dict[str, Any] = {"x_bias": producer.bias is not None, "h_bias": consumer.bias is not None}
+        self._raw = x
+        if isinstance(producer, nn.Linear):
+            x, h, v = (t.reshape(-1, t.shape[-1]) for t in (x, h, v))
+            self.output_positions = 1
+        else:
+            x, geometry, ones, size = self._hidden(x, self.layers.between.pools)
+            self._flags["x_bias"] = ones
+            if isinstance(consumer, nn.Linear):
+                h, v = h.reshape(len(h), -1, *size), v[:, :, None, None]
+                reads = ConvGeometry(size)
+            else:
+                reads = _geometry(consumer)
+            self._flags |= {"producer": geometry, "consumer": reads, "kernel": self.kernel}
+            self.output_positions = v.shape[2] * v.shape[3]
+        self.rows = len(x)
+        self.operands = (x, h, v * (self.rows / batch_size) if mean and self.rows != batch_size else v)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Sum up the six moments, and "uniform" for x with a last column of ones where a norm lies between."""
+        op: Callable[..., Any] = ops.linear_moments if self.kernel == "linear" else ops.conv2d_moments
+        names = ("xx", "xh", "xv", "hh", "hv", "vv")
+        sums = dict(zip(names, op(*self.operands, **self._flags), strict=True))
+        self.count += self.rows
+        if self.layers.between.norm is not None:
+            sums["uniform"] = self._uniform()
+        return sums
+
+    def residual(self, update: Tensor, signs: Tensor | None) -> dict[str, Tensor]:
+        """Sum up N and its draws with random signs, with v⊥ = v − update·h."""
+        op: Callable[..., Any] = ops.linear_residual if self.kernel == "linear" else ops.conv2d_residual
+        sums = op(*self.operands, update, signs=signs, **self._flags)
+        return dict(zip(("xr", "null", "null_h"), sums, strict=True))
+
+    def release(self) -> None:
+        """Let go of the operands of the last batch."""
+        self.operands = self._raw = None  # type: ignore[assignment]
+
+    def _uniform(self) -> Tensor:
+        if self.kernel == "linear":
+            x = self.operands[0]
+            return ops.linear_moments(x, x[:, :0], x[:, :0], x_bias=True)[0]
+        between = self.layers.between
+        x, geometry, ones, size = self._hidden(self._raw, between.pools[: between.pools_before_norm])
+        ones = ones or self.layers.producer.bias is None
+        nothing = x.new_empty(len(x), 0, *size)
+        return ops.conv2d_moments(x, nothing, nothing, producer=geometry, consumer=ConvGeometry(1), x_bias=ones)[0]
+
+    def _hidden(self, x: Tensor, pools: list[Pool]) -> tuple[Tensor, ConvGeometry, bool, tuple[int, int]]:
+        """Give a map and a geometry whose patches are the producer's, averaged by the pools in turn.
+
+        Averaging commutes with the convolution: where one pool of equal windows follows a convolution of stride
+        1, the map is averaged at stride 1 and the geometry strides; otherwise patches are formed and pooled.
+
+        Returns
+        -------
+        tuple
+            The map (B, C, H, W), the geometry, whether a virtual column of ones completes its patches, and the
+            size of the hidden map after the pools.
+        """
+        producer = self.layers.producer
+        assert isinstance(producer, nn.Conv2d)
+        geometry, ones = _geometry(producer), producer.bias is not None
+        size = (x.shape[2], x.shape[3]) if producer.padding == "same" else geometry.output_size(*x.shape[2:])
+        self.hidden_positions = size[0] * size[1]
+        map_size = size
+        windows = []
+        for pool in pools:
+            window = pool.window(*size)
+            if window != ((1, 1), (1, 1)):
+                windows.append((pool, window))
+            size = _pooled(pool, size)
+        if not windows:
+            return x, geometry, ones, size
+        x = F.pad(x, _surround(producer))
+        geometry = dataclasses.replace(geometry, padding=(0, 0))
+        only = windows[0][1] if len(windows) == 1 else None
+        if only is not None and geometry.stride == (1, 1):
+            return F.avg_pool2d(x, only[0], stride=1), dataclasses.replace(geometry, stride=only[1]), ones, size
+        patches = F.unfold(x, geometry.kernel_size, geometry.dilation, 0, geometry.stride).unflatten(2, map_size)
+        if ones:
+            patches = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1)
+        for pool, _ in windows:
+            patches = pool.average(patches)
+        return patches, ConvGeometry(1), False, size
+
+
+def _pooled(pool: Pool, size: tuple[int, int]) -> tuple[int, int]:
+    height, width = pool.average(torch.empty(1, 1, *size, device="meta")).shape[2:]
+    return height, width
+
+
+def _surround(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Zeros that a convolution adds to the left, right, top and bottom."""
+    if layer.padding == "same":
+        (kh, kw), (dh, dw) = layer.kernel_size, layer.dilation
+        rows, columns = dh * (kh - 1), dw * (kw - 1)
+        return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+    top, left = (0, 0) if isinstance(layer.padding, str) else (layer.padding[0], layer.padding[1])
+    return left, left, top, top
+
+
+def _geometry(layer: nn.Conv2d) -> ConvGeometry:
+    left, _, top, _ = _surround(layer)
+    return ConvGeometry(layer.kernel_size, layer.stride, (top, left), layer.dilation)
+
+
+@dataclass
+class Passes:
+    """Forward and backward passes over the batches, with what probes measure on the way summed up."""
+
+    model: nn.Module
+    batches: Sequence[tuple[Any, Any]]
+    loss_fn: LossFn
+    reduction: str
+    group: torch.distributed.ProcessGroup | None
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+
+    def total(self, number: int) -> int:
+        """Sum of one integer over the processes of the group."""
+        return distributed.total(number, self.group, self.device)
+
+    def sweep(
+        self, probes: Mapping[str, Probe], measure: Callable[[Probe, int], dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Run every batch once; return the sums of what `measure(probe, batch size)` gives, by site and name."""
+        sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
+        losses = []
+        for batch in self.batches if probes else ():
+            loss, batch_size = self._forward(batch)
+            losses.append(loss.detach())
+            # Scaled up front, so that half precision does not underflow on the way back.
+            seed = torch.full_like(loss, -batch_size if self.reduction == "mean" else -1)
+            edges = [probe.edge() for probe in probes.values()]
+            gradients = torch.autograd.grad(loss, edges, seed, allow_unused=True)
+            for (name, probe), gradient in zip(probes.items(), gradients, strict=True):
+                probe.receive(gradient, batch_size, self.reduction == "mean")
+                for key, value in measure(probe, batch_size).items():
+                    sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
+                probe.release()
+        if losses and not torch.stack(losses).isfinite().all():
+            values = torch.stack(losses)
+            worst = int((~values.isfinite()).nonzero()[0])
+            raise ValueError(f"loss_fn: gave {values[worst].item()} on batch {worst}; nothing was measured")
+        flat = {(name, key): value for name, values in sums.items() for key, value in values.items()}
+        distributed.all_sum(flat.values(), self.group)
+        bad = [f"{key} of site {name!r}" for (name, key), value in flat.items() if not value.isfinite().all()]
+        if bad:
+            raise ValueError(f"batches: {', '.join(bad)} is not finite; look for NaN or Inf in the inputs and weights")
+        return sums
+
+    def loss(self) -> float:
+        """Loss over the batches: their mean, weighted by length, or their sum."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in self.batches:
+            args, target = to_device(batch, self.device)
+            rows = batch_rows(args) if self.reduction == "mean" else 1
+            loss = self.loss_fn(self.model(*args), target)
+            sums += torch.stack([loss.double().reshape(()) * rows, sums.new_tensor(rows)])
+        distributed.all_sum([sums], self.group)
+        return float(sums[0] / sums[1] if self.reduction == "mean" else sums[0])
+
+    def _forward(self, batch: tuple[Any, Any]) -> tuple[Tensor, int]:
+        args, target = to_device(batch, self.device)
+        loss = self.loss_fn(self.model(*args), target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
+        if not loss.requires_grad:
+            raise ValueError("loss_fn: no gradient flows from the loss to the model; is everything frozen?")
+        if not (rows := batch_rows(args)):
+            raise ValueError("batches: expected samples in every batch, got an empty one")
+        return loss, rows
+
+
+def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[tuple[Any, ...], Any]:
+    """Arguments of the model, and the target, of one (input, target) pair, on a device; else a ValueError."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"batches: expected (input, target) pairs, got {type(batch).__name__}")
+    args, target = batch
+    args = tuple(args) if isinstance(args, tuple | list) else (args,)
+    moved = tuple(a.to(device, non_blocking=True) if isinstance(a, Tensor) else a for a in args)
+    return moved, target.to(device, non_blocking=True) if isinstance(target, Tensor) else target
+
+
+def batch_rows(args: tuple[Any, ...]) -> int:
+    """Length of the first tensor among the arguments of a model."""
+    return next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 1)
+
+
+def random_signs(draws: int, rows: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Random signs (draws, rows): one per image or sequence, else one per group of consecutive rows."""
+    run = rows // batch_size if rows % batch_size == 0 else _GROUP
+    signs = torch.randint(0, 2, (draws, -(-rows // run)), generator=generator) * 2.0 - 1
+    return signs.repeat_interleave(run, dim=1)[:, :rows]

@@ -1,0 +1,217 @@
+"""APPLY new neurons: widen layers, norms and optimizer state in step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkern.neurons import NewNeurons
+from growkern.sites import Layers, resolve
+
+
+def apply(
+    model: nn.Module,
+    new: NewNeurons,
+    *,
+    scale: float = 1.0,
+    update: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Add new neurons to a model, in place: (√γ α, √γ ω) for a scale γ ≥ 0, (√|γ| α, −√|γ| ω) below.
+
+    Layers get new, larger Parameters, whose leading entries are the old ones. The optimizer's state grows with
+    them: old entries are kept, new ones are zero. A norm between the layers is born as the identity for the
+    new units in evaluation mode (GroupNorm: on average, as it normalises each sample by itself).
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that `new` was solved for.
+    new : NewNeurons
+        What `solve` found.
+    scale : float
+        γ, the amplitude. At 0 the model's function is what it was.
+    update : bool
+        Also add γ·dW* to the consumer's existing weights.
+    optimizer : torch.optim.Optimizer, optional
+        Its parameter groups and state follow.
+
+    Raises
+    ------
+    ValueError
+        If `new` does not fit the model any more, or the optimizer holds state that is not per parameter entry.
+        Nothing has been changed then.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    _plan(model, new, scale, update).commit(optimizer)
+
+
+@contextmanager
+def trial(model: nn.Module, new: NewNeurons, *, scale: float, update: bool = False) -> Iterator[None]:
+    """Apply new neurons for the duration of a with block; the old Parameters, untouched, come back after."""
+    plan = _plan(model, new, scale, update)
+    modules = {module: None for module, *_ in (*plan.tensors, *plan.attributes)}
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
+    attributes = [(module, name, getattr(module, name)) for module, name, _ in plan.attributes]
+    try:
+        plan.commit(None)
+        yield
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for module, name, value in attributes:
+            setattr(module, name, value)
+
+
+@dataclass
+class _Plan:
+    """Everything that an application will set, made before anything is."""
+
+    tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
+
+    def commit(self, optimizer: torch.optim.Optimizer | None) -> None:
+        replaced = {}
+        for module, name, value in self.tensors:
+            old = module._parameters.get(name)
+            if old is not None:
+                new = nn.Parameter(value, requires_grad=old.requires_grad)
+                new.grad = None if old.grad is None else _widened(old.grad, value.shape)
+                replaced[old] = new
+        states = {} if optimizer is None else _states(optimizer, replaced)
+        for module, name, value in self.tensors:
+            if (old := module._parameters.get(name)) is not None:
+                module._parameters[name] = replaced[old]
+            else:
+                module._buffers[name] = value
+        for module, name, size in self.attributes:
+            setattr(module, name, size)
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["params"] = [replaced.get(p, p) for p in group["params"]]
+            for old, state in states.items():
+                del optimizer.state[old]
+                optimizer.state[replaced[old]] = state
+
+
+@torch.no_grad()
+def _plan(model: nn.Module, new: NewNeurons, scale: float, update: bool) -> _Plan:
+    layers, plan, count = resolve(model, new.site), _Plan(), len(new)
+    _check_fit(layers, new)
+    producer, consumer, norm, units = layers.producer, layers.consumer, layers.between.norm, layers.units
+    size = math.sqrt(abs(scale))
+    alpha, omega = size * new.alpha, math.copysign(size, scale) * new.omega
+
+    bias = producer.bias is not None
+    weight = alpha[:, :-1] if bias else alpha
+    fan_in = weight.reshape(-1, *producer.weight.shape[1:])
+    plan.tensors.append((producer, "weight", _extended(producer.weight, fan_in)))
+    if producer.bias is not None:
+        plan.tensors.append((producer, "bias", _extended(producer.bias, alpha[:, -1])))
+
+    old = consumer.weight
+    if update:
+        delta = scale * new.best_update
+        if consumer.bias is not None:
+            moved = consumer.bias + delta[:, -1].to(consumer.bias)
+            plan.tensors.append((consumer, "bias", moved))
+            delta = delta[:, :-1]
+        old = old + delta.reshape(old.shape).to(old)
+    plan.tensors.append((consumer, "weight", _extended(old, _fan_out(layers, new.kernel, omega, count), dim=1)))
+
+    writes = "out_channels" if isinstance(producer, nn.Conv2d) else "out_features"
+    reads = "in_channels" if isinstance(consumer, nn.Conv2d) else "in_features"
+    plan.attributes += [(producer, writes, units + count), (consumer, reads, plan.tensors[-1][2].shape[1])]
+    if norm is not None:
+        _plan_norm(plan, norm, new, size)
+    return plan
+
+
+def _plan_norm(plan: _Plan, norm: Any, new: NewNeurons, size: float) -> None:
+    if new.mean is None or new.variance is None:
+        raise ValueError(f"new: solved for {new.site.name} without the norm that is there now; measure and solve again")
+    mean, variance = size * new.mean, size**2 * new.variance
+    undo = (variance.to(norm.weight) + norm.eps).sqrt()
+    plan.tensors += [(norm, "weight", _extended(norm.weight, undo)), (norm, "bias", _extended(norm.bias, mean))]
+    if isinstance(norm, nn.GroupNorm):
+        group = norm.num_channels // norm.num_groups
+        plan.attributes += [(norm, "num_channels", norm.num_channels + len(new))]
+        plan.attributes += [(norm, "num_groups", norm.num_groups + len(new) // group)]
+    else:
+        plan.tensors += [(norm, "running_mean", _extended(norm.running_mean, mean))]
+        plan.tensors += [(norm, "running_var", _extended(norm.running_var, variance))]
+        plan.attributes += [(norm, "num_features", len(norm.running_mean) + len(new))]
+
+
+def _fan_out(layers: Layers, kernel: str, omega: Tensor, count: int) -> Tensor:
+    """Make the new input columns of the consumer, from ω (r·offsets, K)."""
+    shape = layers.consumer.weight.shape
+    if kernel == "linear":
+        return omega
+    if layers.between.flatten:
+        return omega.reshape(shape[0], -1, count).mT.reshape(shape[0], -1)  # (r, K·H·W)
+    if kernel == "full":
+        return omega.reshape(shape[0], *shape[2:], count).movedim(-1, 1)
+    fan_out = omega.new_zeros(shape[0], count, *shape[2:])
+    fan_out[:, :, shape[2] // 2, shape[3] // 2] = omega
+    return fan_out
+
+
+def _check_fit(layers: Layers, new: NewNeurons) -> None:
+    producer, consumer = layers.producer, layers.consumer
+    fan_in = producer.weight[0].numel() + (producer.bias is not None)
+    fan_out = consumer.weight.numel() // layers.units
+    reads = consumer.weight[0].numel() + (consumer.bias is not None)
+    offsets = math.prod(consumer.weight.shape[2:]) if new.kernel == "center" else 1
+    for what, name, solved, now in (
+        ("a fan-in", new.site.producer, new.alpha.shape[1], fan_in),
+        ("a fan-out", new.site.consumer, new.omega.shape[0] * offsets, fan_out),
+        ("updates", new.site.consumer, new.best_update.shape[1], reads),
+    ):
+        if solved != now:
+            raise ValueError(f"new: solved for {what} of {solved}, but {name} now has {now}; measure and solve again")
+    if len(new) % layers.between.multiple:
+        raise ValueError(f"new: {new.site.name} grows by multiples of {layers.between.multiple} units, got {len(new)}")
+
+
+def _extended(old: Tensor, extra: Tensor, dim: int = 0) -> Tensor:
+    """Old and new entries along a dimension, in the old dtype, device and memory format."""
+    channels_last = old.dim() == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last)
+    joined = torch.cat([old.detach(), extra.to(old)], dim)
+    return joined.contiguous(memory_format=torch.channels_last) if channels_last else joined.contiguous()
+
+
+def _widened(old: Tensor, shape: torch.Size) -> Tensor:
+    """Old entries in the leading corner of zeros."""
+    new = old.new_zeros(shape)
+    new[tuple(slice(size) for size in old.shape)] = old
+    return new
+
+
+def _states(optimizer: torch.optim.Optimizer, replaced: dict[Any, nn.Parameter]) -> dict[Any, dict[str, Any]]:
+    """State of the replaced parameters at their new shapes."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer: LBFGS keeps one flat history for all parameters, which cannot grow")
+    states = {}
+    for old, new in replaced.items():
+        if old not in optimizer.state:
+            continue
+        state = dict(optimizer.state[old])
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == old.shape:
+                state[name] = _widened(value, new.shape)
+            elif isinstance(value, Tensor) and value.numel() > 1:
+                raise ValueError(
+                    f"optimizer: {type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a "
+                    f"parameter of shape {tuple(old.shape)}; only state of the parameter's own shape can grow"
+                )
+        states[old] = state
+    return states

@@ -1,0 +1,107 @@
+"""`neurons="auto"`: nothing where there is only noise, and every direction of a planted signal."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import growkern as gk
+
+DRAWS = 100
+
+
+def inner_product(output, direction):
+    """A loss whose desired update is exactly minus `direction`."""
+    return (output * direction).flatten(1).sum(1).mean()
+
+
+def found(model, site, x, v, method, **kwargs):
+    moments = gk.collect(model, [site], [(x, -v)], inner_product, **kwargs)[site.name]
+    return gk.solve(moments, method=method)
+
+
+def linear_noise(kind, g, x, r):
+    v = torch.randn(len(x), r, generator=g)
+    if kind == "heavy tails":
+        v = v / torch.randn(len(x), 1, generator=g).abs().clamp_min(0.05)
+    elif kind == "scale depends on x":
+        v = v * x[:, :1].abs() * x[:, 1:2].abs()
+    elif kind == "cross-entropy":
+        labels = torch.randint(0, r, (len(x),), generator=g)
+        v = F.one_hot(labels, r) - torch.softmax(2 * torch.randn(len(x), r, generator=g), 1)
+    return v
+
+
+@pytest.mark.parametrize("method", ["tiny", "joint", "fisher", "gradmax"])
+@pytest.mark.parametrize("kind", ["independent", "heavy tails", "scale depends on x", "cross-entropy"])
+def test_noise_gives_no_neurons_linear(kind, method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
+    site = gk.GrowthSite("0", "2", ("1",))
+    false = 0
+    for draw in range(DRAWS):
+        g = torch.Generator().manual_seed(draw)
+        x = torch.randn(160, 16, generator=g)
+        false += len(found(model, site, x, linear_noise(kind, g, x, 8), method)) > 0
+    assert false <= 0.02 * DRAWS
+
+
+@pytest.mark.parametrize(
+    ("kernel", "method"), [("full", "tiny"), ("center", "tiny"), ("center", "joint"), ("full", "fisher")]
+)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_noise_gives_no_neurons_convolution(smooth, kernel, method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1))
+    site = gk.GrowthSite("0", "2", ("1",))
+    false = 0
+    for draw in range(DRAWS):
+        g = torch.Generator().manual_seed(draw)
+        x, v = torch.randn(48, 2, 8, 8, generator=g), torch.randn(48, 4, 8, 8, generator=g)
+        if smooth:
+            x, v = (F.avg_pool2d(F.pad(t, (2, 2, 2, 2), mode="circular"), 5, 1) for t in (x, v))
+        false += len(found(model, site, x, v, method, kernel=kernel)) > 0
+    assert false <= 0.02 * DRAWS
+
+
+@pytest.mark.parametrize("method", ["tiny", "joint", "fisher"])
+def test_a_planted_signal_is_found_with_its_rank(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 8))
+    site = gk.GrowthSite("0", "2", ("1",))
+    alpha, omega = torch.linalg.qr(torch.randn(16, 3))[0], torch.linalg.qr(torch.randn(8, 3))[0]
+    counts = []
+    for draw in range(20):
+        g = torch.Generator().manual_seed(draw)
+        x = torch.randn(800, 16, generator=g)
+        v = 0.7 * x @ alpha @ omega.mT + torch.randn(800, 8, generator=g)
+        counts.append(len(found(model, site, x, v, method)))
+    assert counts == [3] * 20
+
+
+def test_a_planted_signal_is_found_with_its_rank_in_a_convolution():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 8, 1))
+    site = gk.GrowthSite("0", "2", ("1",))
+    alpha, omega = torch.linalg.qr(torch.randn(27, 3))[0], torch.linalg.qr(torch.randn(8, 3))[0]
+    counts = []
+    for draw in range(20):
+        g = torch.Generator().manual_seed(draw)
+        x = torch.randn(64, 3, 8, 8, generator=g)
+        signal = F.conv2d(F.conv2d(x, alpha.mT.reshape(3, 3, 3, 3), padding=1), omega[:, :, None, None])
+        counts.append(len(found(model, site, x, 0.5 * signal + torch.randn(64, 8, 8, 8, generator=g), "tiny")))
+    assert counts == [3] * 20
+
+
+def test_a_constant_error_of_a_whole_sequence_is_one_draw_of_noise():
+    """Tokens of a sequence share their error: one sign per token would take 32 times too many for independent."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 5))
+    site = gk.GrowthSite("0", "2", ("1",))
+    false = 0
+    for draw in range(DRAWS):
+        g = torch.Generator().manual_seed(draw)
+        x = torch.randn(64, 1, 8, generator=g) + 0.3 * torch.randn(64, 32, 8, generator=g)
+        v = torch.randn(64, 1, 5, generator=g).expand(64, 32, 5)
+        false += len(found(model, site, x, v, "tiny")) > 0
+    assert false <= 0.02 * DRAWS
