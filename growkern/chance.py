@@ -12,7 +12,7 @@ DEVIATIONS = 5.0  # above the mean of the draws' tops, in standard deviations: a
 
 
 def threshold(
-    moments: Moments, x: Factor | None, v: Factor | None, hh: Factor, bottleneck: float, project: bool
+    moments: Moments, x: Factor | None, v: Factor | None, hh: Factor | None, bottleneck: float, project: bool
 ) -> float:
     """Singular value above which a direction stands out of what chance produces; arguments as for `tops`."""
     found = tops(moments, x, v, hh, bottleneck, project)
@@ -20,7 +20,9 @@ def threshold(
     return float(found.mean()) * (1 + 1e-6) + DEVIATIONS * spread
 
 
-def tops(moments: Moments, x: Factor | None, v: Factor | None, hh: Factor, bottleneck: float, project: bool) -> Tensor:
+def tops(
+    moments: Moments, x: Factor | None, v: Factor | None, hh: Factor | None, bottleneck: float, project: bool
+) -> Tensor:
     """Largest singular values of targets with random signs, whitened as the method whitens its own.
 
     Random signs, one per image or sequence, keep whatever correlations, heavy tails and rank the data has and
@@ -32,8 +34,8 @@ def tops(moments: Moments, x: Factor | None, v: Factor | None, hh: Factor, bottl
         With `null` measured.
     x, v : Factor or None
         What the method whitens x and v with.
-    hh : Factor
-        Factor of `hh`.
+    hh : Factor or None
+        Factor of `hh`; needed where `null_h` is measured.
     bottleneck : float
         Ψ = E‖v⊥‖².
     project : bool
@@ -54,7 +56,7 @@ def tops(moments: Moments, x: Factor | None, v: Factor | None, hh: Factor, bottl
     null = moments.null.double()  # (draws, p, r·offsets)
     # A draw is of v⊥, which has lost what h explains of noise: so has N, but xv has not, and the projection of a
     # draw loses it again. How much that is, the draws themselves say, whatever the correlations between samples.
-    if moments.null_h is not None:
+    if moments.null_h is not None and hh is not None:
         draws, q, r = moments.null_h.shape
         null_h = moments.null_h.double().movedim(0, 1).reshape(q, draws * r)
         carried = hh.solve(null_h)

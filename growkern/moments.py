@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -52,8 +51,8 @@ class Moments:
         The same with random signs, (draws, p, r·offsets), and E[s h v⊥ᵀ], (draws, q, r).
     x_mean, x_second : Tensor or None
         Uniform moments of x, (p,) and (p, p), where a norm lies between (for "linear", `xx` is the second).
-    update_key : str
-        Fingerprint of the dW* behind `xr` and `null`.
+    update : Tensor or None
+        dW* (r, q), behind `xr` and `null`.
     """
 
     site: GrowthSite
@@ -80,7 +79,7 @@ class Moments:
     null_h: Tensor | None = None
     x_mean: Tensor | None = None
     x_second: Tensor | None = None
-    update_key: str = ""
+    update: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors that were measured, by name."""
@@ -103,14 +102,14 @@ class Moments:
         ):
             if a != b:
                 raise ValueError(f"moments of one {what} add; got {a} and {b}")
-        if self.update_key != other.update_key:
+        if self.update is not None and other.update is not None and not torch.equal(self.update, other.update):
             raise ValueError(
                 "xr and null of two second passes add only if both used the same dW*: measure in one collect(), "
                 "over a torch.distributed group, or with kernel='center' and null_draws=0"
             )
         share = self.count / (self.count + other.count)
         pooled: dict[str, Any] = {name: mine[name] * share + theirs[name] * (1 - share) for name in mine}
-        return dataclasses.replace(self, count=self.count + other.count, **pooled)
+        return dataclasses.replace(self, count=self.count + other.count, **pooled | {"update": self.update})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file, replaced as a whole or not at all."""
@@ -238,6 +237,6 @@ def _assemble(probe: Probe, count: int, sums: dict[str, Tensor], update: Tensor 
         unit_flops=p * probe.hidden_positions + fan_out.shape[1] * probe.output_positions,
         fan_in_norm=float(fan_in.norm(dim=1).mean()),
         fan_out_norm=float(fan_out.norm(dim=1).mean()),
-        update_key="" if update is None else hashlib.sha256(update.cpu().numpy().tobytes()).hexdigest()[:16],
+        update=update,
         **means,
     )

@@ -179,9 +179,10 @@ def _solve(moments: Moments, method: str, neurons: int | str, max_neurons: int |
     if rule.schur and moments.xh is None:
         raise ValueError(f"method: 'joint' needs E[x hᵀ], which site {site.name!r} has only with kernel='center'")
 
-    hh = Factor(moments.hh)
     hv, vv = moments.hv.double(), moments.vv.double()
-    update = hh.solve(hv)  # (q, r)
+    known = moments.update is not None and not rule.schur and (neurons != "auto" or moments.null_h is None)
+    hh = None if known else Factor(moments.hh)
+    update = hh.solve(hv) if hh is not None else moments.update.double().mT  # type: ignore[union-attr]  # (q, r)
     power, reachable = float(vv.trace()), float((hv * update).sum())
     bottleneck = max(power - reachable, 0.0)
     target = _project(moments, update) if rule.project else moments.xv.double()  # (p, r·offsets)
@@ -211,7 +212,7 @@ def _solve(moments: Moments, method: str, neurons: int | str, max_neurons: int |
     linear = (alpha @ target * omega.mT).sum()  # ⟨Σ α ωᵀ, N⟩
     removed = float(2 * linear - ((alpha @ xx @ alpha.mT) * (omega.mT @ omega)).sum()) if rule.project else 0.0
     gain = moments.slope * units * float((alpha @ moments.xv.double() * omega.mT).sum())
-    if rule.schur:
+    if rule.schur and hh is not None:
         passed = alpha @ moments.xh.double()  # type: ignore[union-attr]  # (K, q)
         update = hh.solve(hv - moments.slope * units * (omega @ passed).mT)
     if paired:
@@ -262,12 +263,12 @@ def _project(moments: Moments, update: Tensor) -> Tensor:
     return moments.xv.double() - moments.xh.double() @ update
 
 
-def _metric(moments: Moments, rule: Method, hh: Factor) -> tuple[Tensor, Factor | None]:
+def _metric(moments: Moments, rule: Method, hh: Factor | None) -> tuple[Tensor, Factor | None]:
     """Give the quadratic form of new neurons, (p, p), and its factor where x is whitened."""
     xx = moments.xx.double()
     if not rule.schur:
         return xx, Factor(moments.xx) if rule.whiten_x else None
-    assert moments.xh is not None
+    assert moments.xh is not None and hh is not None  # noqa: PT018
     passed = hh.whiten(moments.xh.mT)  # (q, p)
     complement = xx - passed.mT @ passed
     if moments.x_bias and moments.h_bias and torch.isclose(moments.xx[-1, -1], moments.hh[-1, -1], rtol=1e-6):

@@ -104,7 +104,7 @@ class Probe:
             if value._version != version:
                 raise ValueError(f"site {self.site.name!r}: {name} was changed in place after its layer had read it")
         x, h, v = self._seen["x"][0], self._seen["h"][0], gradient
-        dtype = x.dtype if x.dtype == h.dtype == v.dtype else torch.float32
+        dtype = torch.promote_types(torch.promote_types(x.dtype, h.dtype), v.dtype)
         x, h, v = x.to(dtype), h.to(dtype), v.to(dtype)
         self.forget()
         producer, consumer = self.layers.producer, self.layers.consumer

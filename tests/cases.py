@@ -233,6 +233,7 @@ CASES: list[Case] = [
         channels=(2, 3, 4),
     ),
     *_conv2d("wide padding", producer=ConvGeometry(3, 1, 4), consumer=ConvGeometry(3, 1, 5), maps=(3, 2)),
+    *_conv2d("taps beyond the map", producer=ConvGeometry(1), consumer=ConvGeometry(9, 1, 5), maps=(2, 1)),
     *_conv2d("whole map", consumer=ConvGeometry((7, 6)), kernels=("full",)),
     *_conv2d("centre beyond x", producer=ConvGeometry(1, 1, 3), consumer=ConvGeometry(2, 1, 0, 7), maps=(2, 2)),
     *_conv2d("one image", batch=1, channels=(1, 1, 1)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors do not gain from threads, and on a busy machine wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # A model as it is, to see that nothing of it has changed ------------------------------------------------
 
 
@@ -132,7 +141,9 @@ def _copied(value: Any) -> Any:
 def assert_same(before: Any, after: Any, where: str = "") -> None:
     """Compare two pictures, tensors bit by bit."""
     if isinstance(before, Tensor):
-        assert torch.equal(before, after), where
+        torch.testing.assert_close(
+            after, before, rtol=0, atol=0, equal_nan=True, check_stride=True, msg=lambda m: f"{where}: {m}"
+        )
     elif isinstance(before, dict):
         assert before.keys() == after.keys(), where
         for key in before:

@@ -47,6 +47,7 @@ def test_linear_refusals(change, error_type, message):
             ValueError,
             r"v: expected as many columns as consumer makes of 8 \(4 or 5\), got \(4, 1, 4, 6\)",
         ),
+        ({"consumer": ConvGeometry(9), "v": torch.zeros(4, 1, 0, 0)}, ValueError, r"makes of 8 \(1\), got"),
         ({"consumer": ConvGeometry(12)}, ValueError, r"v: .* consumer makes of 8 \(none: too few\)"),
         ({"h": MAPS["h"].half()}, TypeError, "h: expected torch.float32 like x, got torch.float16"),
         ({"h": MAPS["h"].to("meta")}, ValueError, "h: expected a tensor on cpu like x, got one on meta"),

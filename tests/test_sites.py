@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import growkern as gk
 from growkern import GrowthSite
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def net(forward: Callable[..., Any], **layers: nn.Module) -> nn.Module:
     """A module with these layers and this forward(self, ...)."""

@@ -19,6 +19,8 @@ import growkern as gk
 from growkern import GrowthSite, NewNeurons
 from growkern.surgery import trial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F64 = torch.float64
 
 

@@ -141,10 +141,10 @@ def conv2d_residual(
             if full:
                 residual = _at_hidden(residual, read, hidden)  # (r·kh·kw, images, Hh, Wh)
             else:
-                hr_null += torch.tensordot(draws[:, images], _per_image(hs, residual), 1)
+                hr_null.flatten(1).addmm_(draws[:, images], _per_image(hs, residual).flatten(1))
             per_image = _per_image(xs, residual)  # (images, p, targets)
             xr += per_image.sum(0)
-            xr_null += torch.tensordot(draws[:, images], per_image, 1)
+            xr_null.flatten(1).addmm_(draws[:, images], per_image.flatten(1))
     return xr, xr_null, hr_null
 
 
@@ -188,7 +188,7 @@ def _windows(maps: Tensor, geometry: ConvGeometry, size: torch.Size) -> Tensor:
     for axis in (0, 1):
         windows = windows.unfold(2 + axis, geometry.span(axis), geometry.stride[axis])
         windows = windows[..., :: geometry.dilation[axis]]
-    return windows[:, :, : size[0], : size[1]].permute(1, 4, 5, 0, 2, 3)
+    return windows.permute(1, 4, 5, 0, 2, 3)
 
 
 def _fill(patches: Tensor, windows: Tensor) -> None:
