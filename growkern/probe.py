@@ -45,11 +45,11 @@ class Probe:
         self.hidden_positions = self.output_positions = 1
         self.forget()
 
-    def forget(self) -> None:
-        """Drop what the last pass has left."""
+    def forget(self, listen: bool = False) -> None:
+        """Drop what the last pass has left, and listen to the next one or not."""
         self._seen: dict[str, tuple[Tensor, int]] = {}
         self._edge: Any = None
-        self._listening = True
+        self._listening = listen
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -84,7 +84,7 @@ class Probe:
         self._seen[name] = (value.detach(), value._version)
 
     def edge(self) -> Any:
-        """Where in the graph of the last forward pass the consumer's output is; stop listening until `forget`."""
+        """Where in the graph of the last forward pass the consumer's output is; stop listening."""
         self._listening = False  # checkpointed layers run again in the backward pass
         if self._seen.keys() != {"x", "h"}:
             raise ValueError(f"site {self.site.name!r}: the forward pass did not call both of its layers")
@@ -239,6 +239,8 @@ class Passes:
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
         losses = []
         for batch in self.batches if probes else ():
+            for probe in probes.values():
+                probe.forget(listen=True)
             loss, batch_size = self._forward(batch)
             losses.append(loss.detach())
             # Scaled up front, so that half precision does not underflow on the way back.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ALL, CLASSES, FAMILIES, SMALL, assert_same, close
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import growkern as gk
 from growkern.surgery import trial
@@ -156,6 +157,8 @@ def test_grown_network_copies_and_saves(name: str) -> None:
     model = grown(name).eval()
     x = torch.randn(3, *FAMILIES[name].sample)
     expected = model(x)
+    with torch.no_grad():  # where encoders of torch.nn take a fused path that reads weights, not modules
+        close(model(x), expected, 1e-5)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), expected)
     with torch.no_grad():
@@ -204,6 +207,37 @@ def test_grown_network_is_no_different_from_one_built_wide(name: str) -> None:
     assert torch.equal(wide.eval()(x), model(x))
 
 
+def sites_of_small() -> list[Any]:
+    return [pytest.param(name, site, id=f"{name}-{site}") for name in SMALL for site in FAMILIES[name].sites]
+
+
+@pytest.mark.parametrize(("name", "site"), sites_of_small())
+def test_a_unit_costs_what_moments_say(name: str, site: str) -> None:
+    """Parameters, and multiply-adds of one image or token, against PyTorch's own counts before and after growth."""
+    model = FAMILIES[name].build().eval()
+    batches = batches_of(name)
+    sites = [s for s in gk.find_sites(model, batches[0][0]) if s.name == site]
+    moments = gk.collect(model, sites, batches, F.cross_entropy, null_draws=0)[site]
+
+    def cost() -> tuple[int, int]:
+        with FlopCounterMode(display=False) as counter:
+            model(batches[0][0][:1])
+        return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+    before = cost()
+    gk.apply(model, gk.solve(moments, neurons=3, method="random"))
+    parameters, products = ((b - a) / 3 for a, b in zip(before, cost(), strict=True))
+    assert moments.unit_parameters == parameters
+    tokens = 5 if name == "transformer" else 1
+    producer = model.get_submodule(site)
+    shapes: list[Tensor] = []
+    producer.register_forward_hook(lambda m, a, out: shapes.append(out))
+    model(batches[0][0][:1])
+    biases = math.prod(shapes[0].shape[2:]) if producer.bias is not None and shapes[0].dim() == 4 else 0
+    biases = 1 if isinstance(producer, nn.Linear) else biases  # adding a bias counts as a product in `unit_flops`
+    assert moments.unit_flops - biases == products / tokens
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_grown_network_grows_again(name: str) -> None:
     """Sites are the same as before, and the second growth finds what the first has left."""
@@ -227,6 +261,22 @@ def test_grown_network_exports(name: str) -> None:
     exported = torch.export.export(model, (x,))
     close(exported.module()(x), model(x), 1e-5)
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.check("torch.compile")
+@pytest.mark.parametrize("name", ["mlp", "flatten", "resnet"])
+def test_compiled_network_follows_growth(name: str) -> None:
+    """A network that was compiled before it grew computes what it has become."""
+    model = FAMILIES[name].build().eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(4, *FAMILIES[name].sample)
+    before = compiled(x)
+    for site in FAMILIES[name].sites:
+        grow(model, name, site)
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), before)
+    compiled(x).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["resnet", "transformer"])

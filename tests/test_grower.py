@@ -249,6 +249,30 @@ def test_center_leaves_flattening_sites_out():
     assert (model[2].weight[:, 2] != 0).sum(0).nonzero().tolist() == [[1, 1]]
 
 
+def test_sites_of_both_kinds_over_several_batches_without_draws():
+    """Convolutions take a second pass, linear layers then do not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(3 * 36, 4), nn.Tanh(), nn.Linear(4, 3)),
+    )
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.randn(20, 1, 6, 6, generator=g), torch.randint(0, 3, (20,), generator=g)) for _ in range(3)]
+    before = full_cross_entropy(model, data)
+    event = gk.Grower(model, None, F.cross_entropy, neurons=1, where="all").step(data)
+    assert [part.site for part in event.parts] == ["0", "2", "5"]
+    assert event.accepted
+    assert event.loss_before == pytest.approx(before, rel=1e-6)
+    assert event.loss_after == pytest.approx(full_cross_entropy(model, data), rel=1e-5)
+    moments = gk.collect(model, gk.find_sites(model, data[0][0]), data, F.cross_entropy, null_draws=0)
+    assert [m.xr is None for m in moments.values()] == [False, False, True]
+
+
+def full_cross_entropy(model, data):
+    with torch.no_grad():
+        return sum(F.cross_entropy(model(x), y).item() for x, y in data) / len(data)
+
+
 def test_bottlenecks_looks_and_does_not_touch():
     model, data = mlp(), batches()
     before = copy.deepcopy(model.state_dict())

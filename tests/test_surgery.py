@@ -582,6 +582,15 @@ def test_gradients_are_carried() -> None:
             assert not rest.any()
 
 
+def test_attributes_of_parameters_are_kept() -> None:
+    """Training recipes mark parameters, as in `p.no_weight_decay = True`."""
+    model, x, target = plain()
+    for p in model.parameters():
+        p.no_weight_decay = p.dim() == 1
+    gk.apply(model, new_for(model, x, target))
+    assert [p.no_weight_decay for p in model.parameters()] == [p.dim() == 1 for p in model.parameters()]
+
+
 @pytest.mark.parametrize("update", [False, True])
 def test_channels_last_is_kept(update: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)).to(memory_format=torch.channels_last)
@@ -605,7 +614,7 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     x = torch.randn(40, 6, dtype=dtype)
     (site,) = gk.find_sites(model, x)
     moments = gk.collect(model, [site], [(x, None)], lambda y, _: y.float().square().mean())
-    assert {t.dtype for t in moments["0"].tensors().values()} == {torch.float32}
+    assert {t.dtype for key, t in moments["0"].tensors().items() if key != "update"} == {torch.float32}
     new = gk.solve(moments["0"], neurons=2)
     old = model(x)
     expected = old.double() + 0.5 * F.relu(rows(x.double(), model[0]) @ new.alpha.T) @ new.omega.T
