@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_KINK = 1e-3  # one-sided derivatives at 0 that differ by more make an activation ReLU-like
+_KINK = 1e-3  # one-sided derivatives at 0 that differ by more make an activation ReLU-like; below it one is flat
 _STEP = 1e-5  # of the numerical derivatives at 0
 
 _ACTIVATIONS = {
@@ -155,7 +155,10 @@ def resolve(model: nn.Module, names: Sequence[str]) -> Between:
             between.flatten = True
         elif step == "flatten":
             between.flatten = True
-    between.slope, between.smooth = _linearise(activations)
+    try:
+        between.slope, between.smooth = _linearise(activations)
+    except TypeError as error:
+        raise ValueError(f"{', '.join(names)}: {error}") from None
     return between
 
 
@@ -234,7 +237,7 @@ def _linearise(activations: list[Callable[[Tensor], Tensor]]) -> tuple[float, bo
     if at != 0:
         raise ValueError(f"the activation is {at:.3g} at 0: growing needs σ(0) = 0, or old outputs would change")
     left, right = -below / _STEP, above / _STEP
-    if left + right == 0:
+    if abs(left + right) < _KINK:
         raise ValueError("the activation is flat at 0: no new unit could be seen through it")
     return (left + right) / 2, abs(right - left) < _KINK
 

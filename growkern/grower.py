@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from growkern import distributed
+from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
-from growkern.neurons import METHODS, NewNeurons, solve
+from growkern.neurons import METHODS, NewNeurons, check_options, granularity, solve
 from growkern.probe import LossFn, Passes, to_device
-from growkern.sites import GrowthSite, find_sites, resolve
+from growkern.sites import GrowthSite, find_sites, logger, resolve
 from growkern.surgery import apply, trial
 
 # Amplitudes of the line search; the second grid is for when the first has none that lowers the loss.
@@ -89,13 +90,13 @@ class Grower:
     sites : sequence of GrowthSite, optional
         Where it may grow; by default what `find_sites` finds with the first batch.
     method, neurons, paired, max_neurons
-        As in `solve`.
+        As in `solve`; an integer is rounded up to what a site can grow by (± pairs, groups of a GroupNorm).
     where : {"best", "all"}
         The site that promises most per unit of cost, or every site in turn, measured anew for each.
     when : {"always", "pays"} or collection of int
         Epochs at which `due` says to grow; with "pays", a step grows only where the new weights remove more of
         the desired change per parameter than the consumer's existing ones still can.
-    kernel, reduction, null_draws, group
+    kernel, reduction, null_draws, batch_dim, group
         As in `collect`.
     update : bool
         Also apply dW* when growing.
@@ -124,41 +125,36 @@ class Grower:
         max_parameters: int | None = None,
         reduction: str = "mean",
         null_draws: int = 16,
+        batch_dim: int = 0,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        for name, value, accepted in (
-            ("method", method, tuple(METHODS)),
-            ("where", where, ("best", "all")),
-            ("cost", cost, ("parameters", "flops")),
-            ("when", when if isinstance(when, str) else "always", ("always", "pays")),
-        ):
-            if value not in accepted:
-                raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
-        if method == "random" and neurons == "auto":
-            raise ValueError("neurons: 'random' has no directions to count; give an integer")
+        check_options(method, neurons, max_neurons)
+        check_choice("where", where, ("best", "all"))
+        check_choice("cost", cost, ("parameters", "flops"))
+        check_choice("kernel", kernel, KERNELS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_count("null_draws", null_draws)
+        if not isinstance(when, Collection):
+            raise ValueError(f"when: expected 'always', 'pays' or a collection of epochs, got {when!r}")
+        if isinstance(when, str):
+            check_choice("when", when, ("always", "pays"))
+        if when == "pays" and METHODS[method].starts_at_zero != "neither":
+            raise ValueError(
+                f"when: 'pays' compares what neurons remove at once, and those of {method!r} start at zero"
+            )
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.where, self.when, self.update, self.cost = where, when, update, cost
         self.max_neurons, self.max_parameters = max_neurons, max_parameters
-        self._sites = None if sites is None else list(sites)
-        self._solve: dict[str, Any] = {"method": method, "neurons": neurons, "paired": paired}
+        self.sites = None if sites is None else list(sites)
+        self._method, self._neurons, self._paired = method, neurons, paired
         draws = null_draws if neurons == "auto" else 0
-        self._collect: dict[str, Any] = {"kernel": kernel, "reduction": reduction, "null_draws": draws, "group": group}
+        self._passes: dict[str, Any] = {"reduction": reduction, "group": group, "batch_dim": batch_dim}
+        self._collect: dict[str, Any] = {"kernel": kernel, "null_draws": draws, **self._passes}
         self._turn = 0
 
     def due(self, epoch: int) -> bool:
         """Whether the schedule has a growth step at this epoch."""
         return isinstance(self.when, str) or epoch in self.when
-
-    def sites(self, example_inputs: Tensor | tuple[Any, ...]) -> list[GrowthSite]:
-        """Sites that may grow, found by tracing at the first call unless given; having none is a ValueError."""
-        if self._sites is None:
-            found = find_sites(self.model, example_inputs)
-            if self._collect["kernel"] == "center":
-                found = [site for site in found if not resolve(self.model, site).between.flatten]
-            self._sites = found
-        if not self._sites:
-            raise ValueError("model: found no site that can grow; the logger 'growkern.sites' says why at level INFO")
-        return self._sites
 
     def step(self, batches: Iterable[tuple[Any, Any]]) -> GrowthEvent:
         """Grow once: measure, solve, choose, line-search, widen.
@@ -171,16 +167,25 @@ class Grower:
         Returns
         -------
         GrowthEvent
-            What happened. After a rejection model and optimizer are bit-identical to before.
+            What happened. After a rejection model and optimizer are bit-identical to before, and so they are after
+            an error, but for sites that ``where="all"`` had already grown.
+
+        Raises
+        ------
+        ValueError
+            As `collect` and `solve` do, or if the model has no site that can grow.
         """
-        batches = list(batches)
-        device = next(self.model.parameters()).device
-        sites = self.sites(to_device(batches[0], device)[0]) if batches else (self._sites or [])
+        passes = Passes(self.model, list(batches), self.loss_fn, **self._passes)
+        if self.sites is None:
+            self.sites = reachable_sites(passes, self._collect["kernel"])
+        if not self.sites:
+            raise ValueError("model: found no site that can grow; the logger 'growkern.sites' says why at level INFO")
+        if self.where == "best" and self._method == "random":
+            self._turn += 1
+            return self._grow([self.sites[(self._turn - 1) % len(self.sites)]], passes)
         if self.where == "best":
-            if self._solve["method"] == "random" and sites:
-                self._turn, sites = self._turn + 1, [sites[self._turn % len(sites)]]
-            return self._grow(sites, batches)
-        parts = tuple(self._grow([site], batches) for site in sites)
+            return self._grow(self.sites, passes)
+        parts = tuple(self._grow([site], passes) for site in self.sites)
         totals = {name: sum(getattr(p, name) for p in parts) for name in ("neurons", "bottleneck", "removed", "gain")}
         grown = [part for part in parts if part.accepted]
         return dataclasses.replace(
@@ -194,15 +199,14 @@ class Grower:
             **totals,
         )
 
-    def _grow(self, sites: Sequence[GrowthSite], batches: Sequence[tuple[Any, Any]]) -> GrowthEvent:
+    def _grow(self, sites: Sequence[GrowthSite], passes: Passes) -> GrowthEvent:
         """One growth at the best of some sites."""
         start = time.perf_counter()
-        moments = collect(self.model, sites, batches, self.loss_fn, **self._collect)
-        found = {name: solve(m, max_neurons=self._room(m), **self._solve) for name, m in moments.items()}
-        name, new, reason = distributed.agree(self._choose(moments, found), self._collect["group"])
+        moments = collect(self.model, sites, passes.batches, self.loss_fn, **self._collect)
+        found = {name: self._solve(m) for name, m in moments.items()}
+        name, new, reason = distributed.agree(self._choose(moments, found), passes.group)
         scale = 0.0
-        passes = Passes(self.model, batches, self.loss_fn, self._collect["reduction"], self._collect["group"])
-        with evaluating(self.model), torch.no_grad():
+        with evaluating(self.model):
             before = after = passes.loss()
             if not reason:
                 scale, after = self._line_search(new, passes, before)
@@ -219,10 +223,16 @@ class Grower:
             bottleneck=new.bottleneck,
             removed=new.removed,
             gain=new.gain,
-            widths={site.name: resolve(self.model, site).units for site in self._sites or sites},
+            widths={site.name: resolve(self.model, site).units for site in self.sites or ()},
             seconds=time.perf_counter() - start,
             reason=reason,
         )
+
+    def _solve(self, moments: Moments) -> NewNeurons:
+        unit = granularity(moments, self._method, self._paired)
+        count = self._neurons if isinstance(self._neurons, str) else -(-self._neurons // unit) * unit
+        room = self._room(moments)
+        return solve(moments, method=self._method, neurons=count, max_neurons=room, paired=self._paired)
 
     def _room(self, moments: Moments) -> int | None:
         """Units that fit the budget at a site."""
@@ -245,12 +255,10 @@ class Grower:
 
         name = max(found, key=promise)
         if not len(found[name]):
-            full = self.max_parameters is not None and not any(self._room(m) for m in moments.values())
-            return (
-                name,
-                found[name],
-                "the parameter budget is spent" if full else "no neuron stands above chance",
-            )
+            if not any(self._room(m) is None or self._room(m) for m in moments.values()):
+                return name, found[name], "the budget of parameters or neurons is spent"
+            above = "no neuron stands above chance" if self._neurons == "auto" else "no direction is left to add"
+            return name, found[name], above
         if self.when == "pays":
             paying = [n for n, new in found.items() if len(new) and _pays(moments[n], new)]
             if not paying:
@@ -281,3 +289,14 @@ class Grower:
 def _pays(moments: Moments, new: NewNeurons) -> bool:
     """Whether new weights remove more per parameter than the consumer's existing ones still can."""
     return new.removed * new.best_update.numel() > new.reachable * len(new) * moments.unit_parameters
+
+
+def reachable_sites(passes: Passes, kernel: str) -> list[GrowthSite]:
+    """Sites of a model that the loss sends a gradient to, and to which `kernel` applies; the others are logged."""
+    found = find_sites(passes.model, to_device(passes.batches[0], passes.device)[0])
+    if kernel == "center":
+        found = [site for site in found if not resolve(passes.model, site).between.flatten]
+    reached = passes.reached(found)
+    for site in set(found) - set(reached):
+        logger.info("%s is left out: no gradient of the loss reaches it", site)
+    return reached

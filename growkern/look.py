@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from growkern.grower import Grower
+from growkern.grower import reachable_sites
 from growkern.moments import collect
 from growkern.neurons import solve
-from growkern.probe import LossFn, to_device
+from growkern.probe import LossFn, Passes
 from growkern.sites import GrowthSite, resolve
 
 
@@ -60,12 +60,9 @@ def bottlenecks(
     Bottlenecks
         ``print`` it, or read its `rows`; the largest bottleneck first.
     """
-    batches = list(batches)
-    grower = Grower(model, None, loss_fn, sites=sites)
-    if batches:
-        sites = grower.sites(to_device(batches[0], next(model.parameters()).device)[0])
+    passes = Passes(model, list(batches), loss_fn)
     rows = []
-    for name, each in collect(model, sites or [], batches, loss_fn).items():
+    for name, each in collect(model, sites or reachable_sites(passes, "full"), passes.batches, loss_fn).items():
         new = solve(each)
         share = new.bottleneck / (new.bottleneck + new.reachable or 1.0)
         row = {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern import distributed, storage
+from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.probe import LossFn, Passes, Probe, random_signs
 from growkern.sites import GrowthSite
@@ -31,8 +32,8 @@ class Moments:
         The site they belong to.
     kernel : str
         "linear"; for convolutions "full" or "center".
-    count : int
-        Images, or rows.
+    count, reduction : int, str
+        Images, or rows; and how the loss sums over them.
     slope : float
         Mean one-sided derivative at 0 of what lies between the layers; `smooth` says whether both agree.
     x_bias, h_bias : bool
@@ -58,6 +59,7 @@ class Moments:
     site: GrowthSite
     kernel: str
     count: int
+    reduction: str
     slope: float
     smooth: bool
     x_bias: bool
@@ -98,6 +100,7 @@ class Moments:
         for what, a, b in (
             ("site", self.site, other.site),
             ("kernel", self.kernel, other.kernel),
+            ("reduction", self.reduction, other.reduction),
             ("shapes", *({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (mine, theirs))),
         ):
             if a != b:
@@ -126,29 +129,31 @@ class Moments:
 
 def collect(
     model: nn.Module,
-    sites: Iterable[GrowthSite],
+    sites: GrowthSite | Iterable[GrowthSite],
     batches: Iterable[tuple[Any, Any]],
     loss_fn: LossFn,
     *,
     kernel: str = "full",
     reduction: str = "mean",
     null_draws: int = 16,
+    batch_dim: int = 0,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> dict[str, Moments]:
     """Measure the moments of sites by hooks on ordinary forward and backward passes.
 
-    The model runs in evaluation mode; parameters, their gradients, modes and random number generators are
-    left as they were. A second pass over the same batches, with the best update dW* of the first one known,
+    The model runs in evaluation mode; parameters, their gradients, buffers, modes and random number generators
+    are left as they were. A second pass over the same batches, with the best update dW* of the first one known,
     measures N for ``kernel="full"`` and the draws of what chance alone produces (TINY, section 3).
 
     Parameters
     ----------
     model : nn.Module
         The model.
-    sites : iterable of GrowthSite
+    sites : GrowthSite or iterable of GrowthSite
         Where to measure.
     batches : iterable of (input, target)
-        Read once into a list, and moved to the model's device. An input that is a tuple holds several arguments.
+        Read once into a list, and moved to the model's device. An input that is a tuple (or list) holds several
+        arguments.
     loss_fn : callable
         ``loss_fn(model(input), target)``, a scalar.
     kernel : {"full", "center"}
@@ -157,6 +162,8 @@ def collect(
         How the loss sums over its samples.
     null_draws : int
         Draws of random signs for ``neurons="auto"``; 0 for none.
+    batch_dim : int
+        Dimension of the batch in the inputs of the model and in token features: 1 where sequences come first.
     group : torch.distributed.ProcessGroup, optional
         Processes that each measure their own batches of the same model; all get the sums.
 
@@ -171,25 +178,18 @@ def collect(
         For an argument that is not as described, a site that does not fit the model, no batch, a loss or a
         moment that is not finite, or a site that no gradient reaches.
     """
-    for name, value, accepted in (
-        ("kernel", kernel, ("full", "center")),
-        ("reduction", reduction, ("mean", "sum")),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
-    if not isinstance(null_draws, int) or null_draws < 0:
-        raise ValueError(f"null_draws: expected an integer of 0 or more, got {null_draws!r}")
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches: expected at least one (input, target) pair, got none")
-    probes = {site.name: Probe(model, site, kernel) for site in sites}
+    check_choice("kernel", kernel, KERNELS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_count("null_draws", null_draws)
+    sites = [sites] if isinstance(sites, GrowthSite) else list(sites)
+    run = Passes(model, list(batches), loss_fn, reduction, group, batch_dim)
+    probes = {probe.site.name: probe for probe in (Probe(model, site, kernel, batch_dim) for site in sites)}
     if not probes:
         raise ValueError("sites: expected at least one growth site, got none")
     signs = torch.Generator().manual_seed(distributed.rank(group))
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
             hooks.enter_context(probe.watching())
-        run = Passes(model, batches, loss_fn, reduction, group)
         sums = run.sweep(probes, lambda probe, _: probe.moments())
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
         updates = {
@@ -204,12 +204,12 @@ def collect(
 
         second = run.sweep({name: probes[name] for name in updates}, residual)
     return {
-        name: _assemble(probe, counts[name], sums[name] | second.get(name, {}), updates.get(name))
+        name: _assemble(probe, counts[name], reduction, sums[name] | second.get(name, {}), updates.get(name))
         for name, probe in probes.items()
     }
 
 
-def _assemble(probe: Probe, count: int, sums: dict[str, Tensor], update: Tensor | None) -> Moments:
+def _assemble(probe: Probe, count: int, reduction: str, sums: dict[str, Tensor], update: Tensor | None) -> Moments:
     producer, consumer, between = probe.layers.producer, probe.layers.consumer, probe.layers.between
     uniform = sums.pop("uniform", None)
     means = {name: value.div_(count) for name, value in sums.items()}
@@ -218,7 +218,7 @@ def _assemble(probe: Probe, count: int, sums: dict[str, Tensor], update: Tensor 
     if update is not None and means["null"].shape[0] == 0:
         means["null"] = means["null_h"] = None  # type: ignore[assignment]
     if uniform is not None:
-        uniform, p = uniform / uniform[-1, -1], means["xx"].shape[0]
+        uniform, p = uniform / uniform[-1, -1], means["xx"].shape[0]  # its last column is of ones, never pooled
         means["x_mean"], means["x_second"] = uniform[:p, -1].clone(), uniform[:p, :p].clone()
     p, units = means["xx"].shape[0], probe.layers.units
     fan_in = producer.weight.detach().flatten(1)
@@ -227,6 +227,7 @@ def _assemble(probe: Probe, count: int, sums: dict[str, Tensor], update: Tensor 
         site=probe.site,
         kernel=probe.kernel,
         count=count,
+        reduction=reduction,
         slope=between.slope,
         smooth=between.smooth,
         x_bias=producer.bias is not None,

@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from growkern.arguments import check_choice, check_count
 from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
@@ -167,12 +168,13 @@ def solve(
 
 def _solve(moments: Moments, method: str, neurons: int | str, max_neurons: int | None, paired: bool) -> NewNeurons:
     """Solve one site."""
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_options(method, neurons, max_neurons)
     rule, site = METHODS[method], moments.site
     paired = paired or (rule.starts_at_zero == "fan_in" and not moments.smooth)
-    unit = moments.multiple * 2 if paired and moments.multiple % 2 else moments.multiple
-    _check_counts(neurons, max_neurons, unit, site.name)
+    unit = granularity(moments, method, paired)
+    if neurons != "auto" and int(neurons) % unit:
+        why = "± pairs" if paired else "groups of its GroupNorm"
+        raise ValueError(f"neurons: site {site.name!r} grows by multiples of {unit} units ({why}), got {neurons}")
     for name, tensor in moments.tensors().items():
         if not tensor.isfinite().all():
             raise ValueError(f"moments: {name} of site {site.name!r} is not finite")
@@ -185,7 +187,8 @@ def _solve(moments: Moments, method: str, neurons: int | str, max_neurons: int |
     update = hh.solve(hv) if hh is not None else moments.update.double().mT  # type: ignore[union-attr]  # (q, r)
     power, reachable = float(vv.trace()), float((hv * update).sum())
     bottleneck = max(power - reachable, 0.0)
-    target = _project(moments, update) if rule.project else moments.xv.double()  # (p, r·offsets)
+    unreachable = _project(moments, update)  # N (p, r·offsets)
+    target = unreachable if rule.project else moments.xv.double()
     xx, factor = _metric(moments, rule, hh)
     v_factor = Factor(moments.vv) if rule.whiten_v else None
 
@@ -195,8 +198,6 @@ def _solve(moments: Moments, method: str, neurons: int | str, max_neurons: int |
         limit = min(limit, max_neurons // units)
     noise = None
     if rule.starts_at_zero == "fan_out":
-        if neurons == "auto":
-            raise ValueError("neurons: 'random' has no directions to count; give an integer")
         alpha, omega, values = _random(moments, limit * units // unit * unit // units)
     else:
         u, values, w = singular(whiten_both(target, factor, v_factor, moments.offsets))
@@ -209,9 +210,10 @@ def _solve(moments: Moments, method: str, neurons: int | str, max_neurons: int |
         u, values, w = u[:, :limit], values[:limit], w[:, :limit]
         alpha, omega = _scaled(moments, rule, factor, v_factor, u, values, w)
 
-    linear = (alpha @ target * omega.mT).sum()  # ⟨Σ α ωᵀ, N⟩
-    removed = float(2 * linear - ((alpha @ xx @ alpha.mT) * (omega.mT @ omega)).sum()) if rule.project else 0.0
+    linear = (alpha @ unreachable * omega.mT).sum()  # ⟨Σ α ωᵀ, N⟩
+    removed = float(2 * linear - ((alpha @ xx @ alpha.mT) * (omega.mT @ omega)).sum())
     gain = moments.slope * units * float((alpha @ moments.xv.double() * omega.mT).sum())
+    gain *= moments.count if moments.reduction == "sum" else 1
     if rule.schur and hh is not None:
         passed = alpha @ moments.xh.double()  # type: ignore[union-attr]  # (K, q)
         update = hh.solve(hv - moments.slope * units * (omega @ passed).mT)
@@ -243,15 +245,20 @@ def _solve(moments: Moments, method: str, neurons: int | str, max_neurons: int |
     )
 
 
-def _check_counts(neurons: int | str, max_neurons: int | None, unit: int, name: str) -> None:
-    for argument, value in (("neurons", neurons), ("max_neurons", max_neurons)):
-        if value is None or (argument == "neurons" and value == "auto"):
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            expected = "'auto' or an integer of 0 or more" if argument == "neurons" else "an integer of 0 or more"
-            raise ValueError(f"{argument}: expected {expected}, got {value!r}")
-        if argument == "neurons" and value % unit:
-            raise ValueError(f"neurons: site {name!r} grows by multiples of {unit} units, got {value}")
+def check_options(method: str, neurons: int | str, max_neurons: int | None) -> None:
+    """Raise a ValueError for options of `solve` that no moments could satisfy."""
+    check_choice("method", method, METHODS)
+    check_count("neurons", neurons, also="auto")
+    if max_neurons is not None:
+        check_count("max_neurons", max_neurons)
+    if neurons == "auto" and METHODS[method].starts_at_zero == "fan_out":
+        raise ValueError(f"neurons: {method!r} has no directions to count; give an integer")
+
+
+def granularity(moments: Moments, method: str, paired: bool) -> int:
+    """Units that a site grows by: whole groups of a GroupNorm, and ± pairs, also those that `method` needs."""
+    paired = paired or (METHODS[method].starts_at_zero == "fan_in" and not moments.smooth)
+    return moments.multiple * 2 if paired and moments.multiple % 2 else moments.multiple
 
 
 def _project(moments: Moments, update: Tensor) -> Tensor:

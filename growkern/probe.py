@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from growkern import distributed, ops
 from growkern.between import Pool
+from growkern.eval_mode import evaluating, same_draws
 from growkern.ops import ConvGeometry
 from growkern.sites import GrowthSite, resolve
 
@@ -34,14 +35,14 @@ class Probe:
         Sizes of the producer's and the consumer's output maps; 1 for linear layers.
     """
 
-    def __init__(self, model: nn.Module, site: GrowthSite, kernel: str) -> None:
+    def __init__(self, model: nn.Module, site: GrowthSite, kernel: str, batch_dim: int = 0) -> None:
         self.site, self.layers = site, resolve(model, site)
         self.kernel = kernel if isinstance(self.layers.producer, nn.Conv2d) else "linear"
         if kernel == "center" and self.layers.between.flatten:
             raise ValueError(
                 f"kernel: 'center' has no meaning for site {site.name!r}, whose consumer reads a whole map"
             )
-        self.count = 0
+        self.count, self._batch_dim = 0, batch_dim
         self.hidden_positions = self.output_positions = 1
         self.forget()
 
@@ -69,7 +70,7 @@ class Probe:
         handles = [
             self.layers.producer.register_forward_pre_hook(reads("x"), with_kwargs=True),
             self.layers.consumer.register_forward_pre_hook(reads("h"), with_kwargs=True),
-            self.layers.consumer.register_forward_hook(writes),
+            self.layers.consumer.register_forward_hook(writes, prepend=True),
         ]
         try:
             yield
@@ -83,6 +84,11 @@ class Probe:
             raise ValueError(f"site {self.site.name!r}: its layers are called more than once in one forward pass")
         self._seen[name] = (value.detach(), value._version)
 
+    @property
+    def reached(self) -> bool:
+        """Whether the last forward pass called both layers, with a gradient to the consumer's output."""
+        return self._seen.keys() == {"x", "h"} and self._edge is not None
+
     def edge(self) -> Any:
         """Where in the graph of the last forward pass the consumer's output is; stop listening."""
         self._listening = False  # checkpointed layers run again in the backward pass
@@ -94,15 +100,13 @@ class Probe:
             )
         return self._edge
 
-    def receive(self, gradient: Tensor | None, batch_size: int, mean: bool) -> None:
-        """Take −∂L/∂z, times `batch_size` for a mean loss, and make x, h and v of it."""
+    def receive(self, gradient: Tensor | None, batch_size: int, seed: float, mean: bool) -> None:
+        """Take ∂L/∂z, times `seed`, and make x, h and v of it."""
         if gradient is None:
-            raise ValueError(
-                f"site {self.site.name!r}: no gradient reaches {self.site.consumer}; the loss does not use it"
-            )
+            raise ValueError(f"no gradient reaches {self.site.consumer}; the loss does not use it")
         for name, (value, version) in self._seen.items():
             if value._version != version:
-                raise ValueError(f"site {self.site.name!r}: {name} was changed in place after its layer had read it")
+                raise ValueError(f"{name} was changed in place after its layer had read it")
         x, h, v = self._seen["x"][0], self._seen["h"][0], gradient
         dtype = torch.promote_types(torch.promote_types(x.dtype, h.dtype), v.dtype)
         x, h, v = x.to(dtype), h.to(dtype), v.to(dtype)
@@ -111,11 +115,20 @@ class Probe:
         self._flags: dict[str, Any] = {"x_bias": producer.bias is not None, "h_bias": consumer.bias is not None}
         self._raw = x
         if isinstance(producer, nn.Linear):
-            x, h, v = (t.reshape(-1, t.shape[-1]) for t in (x, h, v))
-            self.output_positions = 1
+            x, h, v = (self._as_rows(t) for t in (x, h, v))
+            self.hidden_positions = self.output_positions = max(len(x) // batch_size, 1)
         else:
+            if x.dim() != 4:
+                raise ValueError(
+                    f"{self.site.producer} reads an input of shape {tuple(x.shape)}; expected (B, C, H, W)"
+                )
             x, geometry, ones, size = self._hidden(x, self.layers.between.pools)
             self._flags["x_bias"] = ones
+            if h[0].numel() != self.layers.units * size[0] * size[1] or (h.dim() == 4 and h.shape[2:] != size):
+                name = self.site.consumer
+                raise ValueError(
+                    f"{name} reads {tuple(h.shape)}, which is not what its `between` makes of {tuple(x.shape)}"
+                )
             if isinstance(consumer, nn.Linear):
                 h, v = h.reshape(len(h), -1, *size), v[:, :, None, None]
                 reads = ConvGeometry(size)
@@ -124,7 +137,12 @@ class Probe:
             self._flags |= {"producer": geometry, "consumer": reads, "kernel": self.kernel}
             self.output_positions = v.shape[2] * v.shape[3]
         self.rows = len(x)
-        self.operands = (x, h, v * (self.rows / batch_size) if mean and self.rows != batch_size else v)
+        factor = -self.rows / seed if mean else -1 / seed
+        self.operands = (x, h, v * factor if factor != 1 else v)
+
+    def _as_rows(self, t: Tensor) -> Tensor:
+        """Features as rows (n, features), those of one image or sequence side by side."""
+        return t.movedim(self._batch_dim, 0).reshape(-1, t.shape[-1]) if t.dim() > 2 else t.reshape(-1, t.shape[-1])
 
     def moments(self) -> dict[str, Tensor]:
         """Sum up the six moments, and "uniform" for x with a last column of ones where a norm lies between."""
@@ -151,10 +169,9 @@ class Probe:
             x = self.operands[0]
             return ops.linear_moments(x, x[:, :0], x[:, :0], x_bias=True)[0]
         between = self.layers.between
-        x, geometry, ones, size = self._hidden(self._raw, between.pools[: between.pools_before_norm])
-        ones = ones or self.layers.producer.bias is None
+        x, geometry, _, size = self._hidden(self._raw, between.pools[: between.pools_before_norm])
         nothing = x.new_empty(len(x), 0, *size)
-        return ops.conv2d_moments(x, nothing, nothing, producer=geometry, consumer=ConvGeometry(1), x_bias=ones)[0]
+        return ops.conv2d_moments(x, nothing, nothing, producer=geometry, consumer=ConvGeometry(1), x_bias=True)[0]
 
     def _hidden(self, x: Tensor, pools: list[Pool]) -> tuple[Tensor, ConvGeometry, bool, tuple[int, int]]:
         """Give a map and a geometry whose patches are the producer's, averaged by the pools in turn.
@@ -217,16 +234,19 @@ def _geometry(layer: nn.Conv2d) -> ConvGeometry:
 
 @dataclass
 class Passes:
-    """Forward and backward passes over the batches, with what probes measure on the way summed up."""
+    """Forward and backward passes over the batches; every call of a method draws the same random numbers."""
 
     model: nn.Module
     batches: Sequence[tuple[Any, Any]]
     loss_fn: LossFn
-    reduction: str
-    group: torch.distributed.ProcessGroup | None
+    reduction: str = "mean"
+    group: torch.distributed.ProcessGroup | None = None
+    batch_dim: int = 0
 
     def __post_init__(self) -> None:
-        self.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
+        if self.total(int(not self.batches)):
+            raise ValueError("batches: expected at least one (input, target) pair in every process, got none")
 
     def total(self, number: int) -> int:
         """Sum of one integer over the processes of the group."""
@@ -237,25 +257,18 @@ class Passes:
     ) -> dict[str, dict[str, Tensor]]:
         """Run every batch once; return the sums of what `measure(probe, batch size)` gives, by site and name."""
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
-        losses = []
-        for batch in self.batches if probes else ():
-            for probe in probes.values():
-                probe.forget(listen=True)
-            loss, batch_size = self._forward(batch)
-            losses.append(loss.detach())
-            # Scaled up front, so that half precision does not underflow on the way back.
-            seed = torch.full_like(loss, -batch_size if self.reduction == "mean" else -1)
-            edges = [probe.edge() for probe in probes.values()]
-            gradients = torch.autograd.grad(loss, edges, seed, allow_unused=True)
-            for (name, probe), gradient in zip(probes.items(), gradients, strict=True):
-                probe.receive(gradient, batch_size, self.reduction == "mean")
-                for key, value in measure(probe, batch_size).items():
-                    sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
-                probe.release()
-        if losses and not torch.stack(losses).isfinite().all():
-            values = torch.stack(losses)
-            worst = int((~values.isfinite()).nonzero()[0])
-            raise ValueError(f"loss_fn: gave {values[worst].item()} on batch {worst}; nothing was measured")
+        failure: Exception | None = None
+        try:
+            with same_draws(self.model):
+                for number, batch in enumerate(self.batches if probes else ()):
+                    self._measure(number, batch, probes, measure, sums)
+        except Exception as error:  # the other processes of a group wait for this one
+            failure = error
+        failed = self.total(int(failure is not None))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise ValueError("batches: another process of the group failed to measure; it says why")
         flat = {(name, key): value for name, values in sums.items() for key, value in values.items()}
         distributed.all_sum(flat.values(), self.group)
         bad = [f"{key} of site {name!r}" for (name, key), value in flat.items() if not value.isfinite().all()]
@@ -263,16 +276,55 @@ class Passes:
             raise ValueError(f"batches: {', '.join(bad)} is not finite; look for NaN or Inf in the inputs and weights")
         return sums
 
+    def reached(self, sites: Sequence[GrowthSite]) -> list[GrowthSite]:
+        """Sites that the loss of the first batch sends a gradient to."""
+        probes = [Probe(self.model, site, "full", self.batch_dim) for site in sites]
+        with evaluating(self.model), torch.enable_grad(), ExitStack() as hooks:
+            for probe in probes:
+                hooks.enter_context(probe.watching())
+                probe.forget(listen=True)
+            loss, _ = self._forward(self.batches[0])
+            edges = [(site, probe.edge()) for site, probe in zip(sites, probes, strict=True) if probe.reached]
+            found = torch.autograd.grad(loss, [edge for _, edge in edges], allow_unused=True) if edges else ()
+        return [site for (site, _), gradient in zip(edges, found, strict=True) if gradient is not None]
+
     def loss(self) -> float:
         """Loss over the batches: their mean, weighted by length, or their sum."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in self.batches:
-            args, target = to_device(batch, self.device)
-            rows = batch_rows(args) if self.reduction == "mean" else 1
-            loss = self.loss_fn(self.model(*args), target)
-            sums += torch.stack([loss.double().reshape(()) * rows, sums.new_tensor(rows)])
+        with same_draws(self.model), torch.no_grad():
+            for batch in self.batches:
+                args, target = to_device(batch, self.device)
+                rows = self._rows(args) if self.reduction == "mean" else 1
+                loss = self.loss_fn(self.model(*args), target)
+                sums += torch.stack([loss.double().reshape(()) * rows, sums.new_tensor(rows)])
         distributed.all_sum([sums], self.group)
         return float(sums[0] / sums[1] if self.reduction == "mean" else sums[0])
+
+    def _measure(
+        self,
+        number: int,
+        batch: tuple[Any, Any],
+        probes: Mapping[str, Probe],
+        measure: Callable[[Probe, int], dict[str, Tensor]],
+        sums: dict[str, dict[str, Tensor]],
+    ) -> None:
+        for probe in probes.values():
+            probe.forget(listen=True)
+        loss, batch_size = self._forward(batch)
+        if not loss.isfinite():
+            raise ValueError(f"loss_fn: gave {loss.item()} on batch {number}; nothing was measured")
+        # Scaled up front, by a power of two, so that half precision neither underflows nor rounds on the way back.
+        seed = float(2 ** (min(batch_size, 2**12).bit_length() - 1))
+        edges = [probe.edge() for probe in probes.values()]
+        gradients = torch.autograd.grad(loss, edges, torch.full_like(loss, seed), allow_unused=True)
+        for (name, probe), gradient in zip(probes.items(), gradients, strict=True):
+            try:
+                probe.receive(gradient, batch_size, seed, self.reduction == "mean")
+            except ValueError as error:
+                raise ValueError(f"site {name!r}: {error}") from None
+            for key, value in measure(probe, batch_size).items():
+                sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
+            probe.release()
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Tensor, int]:
         args, target = to_device(batch, self.device)
@@ -282,28 +334,54 @@ class Passes:
             raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
         if not loss.requires_grad:
             raise ValueError("loss_fn: no gradient flows from the loss to the model; is everything frozen?")
-        if not (rows := batch_rows(args)):
+        if not (rows := self._rows(args)):
             raise ValueError("batches: expected samples in every batch, got an empty one")
         return loss, rows
+
+    def _rows(self, args: tuple[Any, ...]) -> int:
+        """Images or sequences of a batch: the size of its first tensor along the batch dimension."""
+        for tensor in _leaves(args):
+            return tensor.shape[self.batch_dim]
+        raise ValueError("batches: expected a tensor among the inputs of the model, got none")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of a model's first parameter; a model without any is a ValueError."""
+    for parameter in model.parameters():
+        return parameter.device
+    raise ValueError(f"model: {type(model).__name__} has no parameters, so nothing in it can grow")
 
 
 def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[tuple[Any, ...], Any]:
     """Arguments of the model, and the target, of one (input, target) pair, on a device; else a ValueError."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(f"batches: expected (input, target) pairs, got {type(batch).__name__}")
-    args, target = batch
-    args = tuple(args) if isinstance(args, tuple | list) else (args,)
-    moved = tuple(a.to(device, non_blocking=True) if isinstance(a, Tensor) else a for a in args)
-    return moved, target.to(device, non_blocking=True) if isinstance(target, Tensor) else target
+    args, target = (_moved(part, device) for part in batch)
+    return tuple(args) if isinstance(args, tuple | list) else (args,), target
 
 
-def batch_rows(args: tuple[Any, ...]) -> int:
-    """Length of the first tensor among the arguments of a model."""
-    return next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 1)
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors on a device, also those in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return type(value)({key: _moved(each, device) for key, each in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_moved(each, device) for each in value)
+    return value
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """Tensors with a batch dimension, also those in tuples, lists and dicts."""
+    if isinstance(value, Tensor) and value.dim():
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
 
 
 def random_signs(draws: int, rows: int, batch_size: int, generator: torch.Generator) -> Tensor:
     """Random signs (draws, rows): one per image or sequence, else one per group of consecutive rows."""
-    run = rows // batch_size if rows % batch_size == 0 else _GROUP
+    run = max(rows // batch_size, 1) if rows % batch_size == 0 else _GROUP
     signs = torch.randint(0, 2, (draws, -(-rows // run)), generator=generator) * 2.0 - 1
     return signs.repeat_interleave(run, dim=1)[:, :rows]

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import operator
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import Tensor, nn
 
 from growkern import between as _between
 from growkern.between import Between
-from growkern.eval_mode import evaluating
+from growkern.trace import chains
 
 logger = logging.getLogger(__name__)
-
-_SHAPE_QUERIES = {"size", "dim", "ndimension", "numel", "shape", "ndim", "device", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -83,14 +76,22 @@ def resolve(model: nn.Module, site: GrowthSite) -> Layers:
     ValueError
         If a module does not exist or cannot grow; the message says which and why.
     """
+    if not isinstance(site, GrowthSite):
+        raise ValueError(f"sites: expected GrowthSite, got {type(site).__name__}")
     try:
+        if site.producer == site.consumer:
+            raise ValueError("producer and consumer are one layer")
         producer, consumer = _layer(model, site.producer), _layer(model, site.consumer)
         between = _between.resolve(model, site.between)
         if isinstance(producer, nn.Linear) and (isinstance(consumer, nn.Conv2d) or between.pools or between.flatten):
             raise ValueError("a Linear producer needs a Linear consumer, with no pooling or flattening between")
         if isinstance(producer, nn.Conv2d) and isinstance(consumer, nn.Linear) != between.flatten:
             raise ValueError("a Conv2d producer needs a Conv2d consumer, or flattening ahead of a Linear one")
-        units, reads = producer.weight.shape[0], consumer.weight.shape[1]
+        units, reads, norm = producer.weight.shape[0], consumer.weight.shape[1], between.norm
+        if norm is not None:
+            _check_own(model, norm, "its norm")
+            if (channels := norm.weight.numel()) != units:  # type: ignore[operator]
+                raise ValueError(f"its norm has {channels} channels, which does not fit {units} hidden units")
         if reads % units if between.flatten else reads != units:
             raise ValueError(f"{site.consumer} reads {reads} features, which does not fit {units} hidden units")
     except (AttributeError, ValueError) as error:
@@ -98,7 +99,7 @@ def resolve(model: nn.Module, site: GrowthSite) -> Layers:
     return Layers(producer, consumer, between)
 
 
-def find_sites(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> list[GrowthSite]:
+def find_sites(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list[GrowthSite]:
     """Find every place where a model can grow, by tracing it with `torch.fx`.
 
     A site is a Linear or Conv2d layer whose output reaches exactly one other such layer through activations,
@@ -110,40 +111,30 @@ def find_sites(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> li
     model : nn.Module
         A plain model; it is not changed.
     example_inputs : Tensor or tuple
-        What the model is called with; a tuple holds several arguments.
+        What the model is called with; a tuple (or list) holds several arguments.
 
     Returns
     -------
     list of GrowthSite
         In the order in which the model calls the producers.
 
-    Raises
-    ------
-    RuntimeError
-        If the model cannot be traced; the message says where, and how to name sites by hand.
+    A model that cannot be traced is a RuntimeError, which says where, and how to name sites by hand.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with evaluating(model), torch.no_grad():
-        graph = _trace(model, inputs)
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     sites = []
-    for node in graph.nodes:
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if type(module) in (nn.Linear, nn.Conv2d):
-            candidates = _follow(model, node)
+    for chain in chains(model, inputs):
+        site = GrowthSite(chain.producer, chain.consumer, chain.between)
+        obstacle = chain.obstacle
+        try:
+            layers = resolve(model, site)
+            if not (layers.producer.weight.requires_grad or layers.consumer.weight.requires_grad):
+                obstacle = "both of its layers are frozen"
+        except ValueError as error:
+            obstacle = str(error)
+        if obstacle:
+            logger.info("%s is left out: %s", site, obstacle)
         else:
-            candidates = _inside(module, str(node.target))
-        for site in candidates:
-            try:
-                norm = resolve(model, site).between.norm
-            except ValueError as error:
-                logger.info("%s is left out: %s", site, error)
-                continue
-            norms = [n for n in site.between if norm is not None and n in calls and model.get_submodule(n) is norm]
-            if repeated := [n for n in (str(node.target), site.consumer, *norms) if calls[n] > 1]:
-                logger.info("%s is left out: %s is called more than once", site, ", ".join(repeated))
-            else:
-                sites.append(site)
+            sites.append(site)
     return sites
 
 
@@ -156,90 +147,16 @@ def _layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
             raise ValueError(f"{name} has groups={layer.groups}; only groups=1 can grow")
         if layer.padding_mode != "zeros":
             raise ValueError(f"{name} has padding_mode={layer.padding_mode!r}; only 'zeros' can grow")
-    own = layer._parameters.get("weight")
-    if not isinstance(own, nn.Parameter):
-        raise ValueError(
-            f"{name}.weight is computed (a parametrization, weight_norm or the like), not a plain parameter"
-        )
-    holders = sum(own is p for module in model.modules() for p in module._parameters.values())
-    if holders > 1:
-        raise ValueError(f"{name}.weight is shared with another module")
+    _check_own(model, layer, name)
     return layer
 
 
-def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
-    parameters = list(inspect.signature(model.forward).parameters.values())[len(inputs) :]
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    try:
-        traced = fx.GraphModule(model, graph := fx.Tracer().trace(model, concrete_args=defaults or None))
-        ShapeProp(traced).propagate(*inputs)
-    except Exception as error:
-        raise RuntimeError(
-            f"find_sites could not trace {type(model).__name__}: {type(error).__name__}: {str(error).strip()}\n"
-            "torch.fx needs a forward without branches on the values of tensors. Name the sites by hand instead, "
-            "producer, consumer and what lies between, and pass them on as `sites`:\n"
-            "    growkern.GrowthSite('fc1', 'fc2', between=('relu()',))"
-        ) from error
-    return graph
-
-
-def _follow(model: nn.Module, node: fx.Node) -> Iterator[GrowthSite]:
-    """Walk from a layer's output along its only reader until the next layer."""
-    producer = str(node.target)
-    between: list[str] = []
-    while True:
-        readers = [user for user in node.users if not _is_shape_query(user)]
-        if len(readers) != 1 or len(readers[0].all_input_nodes) - _shape_inputs(readers[0]) != 1:
-            return
-        node, before = readers[0], node
-        if node.op == "call_module":
-            module = model.get_submodule(str(node.target))
-            if type(module) in (nn.Linear, nn.Conv2d):
-                yield GrowthSite(producer, str(node.target), tuple(between))
-                return
-            between.append(str(node.target))
-        elif node.op in ("call_function", "call_method"):
-            between.append(_describe(node, before))
-        else:
-            return
-
-
-def _describe(node: fx.Node, before: fx.Node) -> str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    if name in ("view", "reshape", "flatten"):
-        old, new = _shape(before), _shape(node)
-        if len(old) == 4 and new == (old[0], old[1] * old[2] * old[3]):
-            return "flatten(start_dim=1)"
-    return _between.call_text(name, node.args[1:], dict(node.kwargs))
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
-
-
-def _is_shape_query(node: fx.Node) -> bool:
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in _SHAPE_QUERIES
-    return node.op == "call_method" and node.target in _SHAPE_QUERIES
-
-
-def _shape_inputs(node: fx.Node) -> int:
-    """Count the inputs of a node that carry sizes rather than values, as in ``x.view(x.size(0), -1)``."""
-
-    def carries_size(source: fx.Node) -> bool:
-        if source.target is operator.getitem or source.target in (operator.mul, operator.floordiv):
-            return all(carries_size(n) for n in source.all_input_nodes)
-        return _is_shape_query(source)
-
-    return sum(carries_size(source) for source in node.all_input_nodes)
-
-
-def _inside(module: nn.Module | None, name: str) -> Iterator[GrowthSite]:
-    """Sites inside modules of torch.nn that tracing does not enter: the feed-forward of Transformer layers."""
-    for inner, layer in module.named_modules() if module is not None else ():
-        if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            path = f"{name}.{inner}" if inner else name
-            activation = layer.activation
-            by_module = isinstance(activation, nn.Module)
-            text = f"{path}.activation" if by_module else _between.call_text(activation.__name__, (), {})
-            yield GrowthSite(f"{path}.linear1", f"{path}.linear2", (text, f"{path}.dropout"))
+def _check_own(model: nn.Module, layer: nn.Module, name: str) -> None:
+    """Refuse a layer whose weight or bias is computed, or is another module's too."""
+    for own in ("weight", "bias"):
+        parameter = layer._parameters.get(own)
+        if parameter is None and getattr(layer, own) is not None:
+            raise ValueError(f"{name}.{own} is computed (a parametrization, pruning or the like), not a parameter")
+        holders = sum(parameter is p for module in model.modules() for p in module._parameters.values())
+        if parameter is not None and holders > 1:
+            raise ValueError(f"{name}.{own} is shared with another module")

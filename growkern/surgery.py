@@ -50,6 +50,9 @@ def apply(
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+    held = set() if optimizer is None else {p for group in optimizer.param_groups for p in group["params"]}
+    if optimizer is not None and held.isdisjoint(model.parameters()):
+        raise ValueError("optimizer: it holds none of the model's parameters")
     _plan(model, new, scale, update).commit(optimizer)
 
 
@@ -65,7 +68,9 @@ def trial(model: nn.Module, new: NewNeurons, *, scale: float, update: bool = Fal
         yield
     finally:
         for module, parameters, buffers in before:
+            module._parameters.clear()
             module._parameters.update(parameters)
+            module._buffers.clear()
             module._buffers.update(buffers)
         for module, name, value in attributes:
             setattr(module, name, value)
@@ -84,9 +89,15 @@ class _Plan:
             old = module._parameters.get(name)
             if old is not None:
                 new = nn.Parameter(value, requires_grad=old.requires_grad)
-                new.grad = None if old.grad is None else _widened(old.grad, value.shape)
+                new.__dict__.update(old.__dict__)
+                new.grad = None if old.grad is None else _widened(old.grad, value)
                 replaced[old] = new
         states = {} if optimizer is None else _states(optimizer, replaced)
+        groups = (
+            []
+            if optimizer is None
+            else [(g, [replaced.get(p, p) for p in g["params"]]) for g in optimizer.param_groups]
+        )
         for module, name, value in self.tensors:
             if (old := module._parameters.get(name)) is not None:
                 module._parameters[name] = replaced[old]
@@ -94,12 +105,11 @@ class _Plan:
                 module._buffers[name] = value
         for module, name, size in self.attributes:
             setattr(module, name, size)
-        if optimizer is not None:
-            for group in optimizer.param_groups:
-                group["params"] = [replaced.get(p, p) for p in group["params"]]
-            for old, state in states.items():
-                del optimizer.state[old]
-                optimizer.state[replaced[old]] = state
+        for group, parameters in groups:
+            group["params"] = parameters
+        for old, state in states.items():
+            del optimizer.state[old]  # type: ignore[union-attr]
+            optimizer.state[replaced[old]] = state  # type: ignore[union-attr]
 
 
 @torch.no_grad()
@@ -139,10 +149,15 @@ def _plan_norm(plan: _Plan, norm: Any, new: NewNeurons, size: float) -> None:
     if new.mean is None or new.variance is None:
         raise ValueError(f"new: solved for {new.site.name} without the norm that is there now; measure and solve again")
     mean, variance = size * new.mean, size**2 * new.variance
+    if isinstance(norm, nn.GroupNorm):  # which divides by the deviation of a whole group
+        group = norm.num_channels // norm.num_groups
+        second = (variance + mean.square()).unflatten(0, (-1, group)).mean(1)
+        mean = mean.unflatten(0, (-1, group)).mean(1)
+        variance = (second - mean.square()).repeat_interleave(group)
+        mean = mean.repeat_interleave(group)
     undo = (variance.to(norm.weight) + norm.eps).sqrt()
     plan.tensors += [(norm, "weight", _extended(norm.weight, undo)), (norm, "bias", _extended(norm.bias, mean))]
     if isinstance(norm, nn.GroupNorm):
-        group = norm.num_channels // norm.num_groups
         plan.attributes += [(norm, "num_channels", norm.num_channels + len(new))]
         plan.attributes += [(norm, "num_groups", norm.num_groups + len(new) // group)]
     else:
@@ -157,7 +172,7 @@ def _fan_out(layers: Layers, kernel: str, omega: Tensor, count: int) -> Tensor:
     if kernel == "linear":
         return omega
     if layers.between.flatten:
-        return omega.reshape(shape[0], -1, count).mT.reshape(shape[0], -1)  # (r, K·H·W)
+        return omega.reshape(shape[0], shape[1] // layers.units, count).mT.flatten(1)  # (r, K·H·W)
     if kernel == "full":
         return omega.reshape(shape[0], *shape[2:], count).movedim(-1, 1)
     fan_out = omega.new_zeros(shape[0], count, *shape[2:])
@@ -189,9 +204,9 @@ def _extended(old: Tensor, extra: Tensor, dim: int = 0) -> Tensor:
     return joined.contiguous(memory_format=torch.channels_last) if channels_last else joined.contiguous()
 
 
-def _widened(old: Tensor, shape: torch.Size) -> Tensor:
-    """Old entries in the leading corner of zeros."""
-    new = old.new_zeros(shape)
+def _widened(old: Tensor, like: Tensor) -> Tensor:
+    """Old entries in the leading corner of zeros, in the shape and memory format of a parameter."""
+    new = torch.zeros_like(like, dtype=old.dtype, device=old.device)
     new[tuple(slice(size) for size in old.shape)] = old
     return new
 
@@ -207,7 +222,7 @@ def _states(optimizer: torch.optim.Optimizer, replaced: dict[Any, nn.Parameter])
         state = dict(optimizer.state[old])
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == old.shape:
-                state[name] = _widened(value, new.shape)
+                state[name] = _widened(value, new)
             elif isinstance(value, Tensor) and value.numel() > 1:
                 raise ValueError(
                     f"optimizer: {type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import growkern as gk
+from growkern.probe import Passes
 from growkern.surgery import trial
 
 
@@ -242,8 +243,8 @@ def test_center_leaves_flattening_sites_out():
     g = torch.Generator().manual_seed(0)
     data = [(torch.randn(30, 1, 6, 6, generator=g), torch.randint(0, 3, (30,), generator=g))]
     grower = gk.Grower(model, None, F.cross_entropy, kernel="center", neurons=1, method="joint")
-    assert [s.name for s in grower.sites(data[0][0])] == ["0"]
     event = grower.step(data)
+    assert [s.name for s in grower.sites] == ["0"]
     assert event.accepted
     assert model[2].weight.shape == (3, 3, 3, 3)
     assert (model[2].weight[:, 2] != 0).sum(0).nonzero().tolist() == [[1, 1]]
@@ -304,11 +305,94 @@ def test_bottlenecks_looks_and_does_not_touch():
         ({"when": "sometimes"}, "when: expected one of"),
         ({"cost": "time"}, "cost: expected one of"),
         ({"method": "random"}, "'random' has no directions"),
+        ({"when": 5}, "when: expected"),
+        ({"when": "pays", "method": "gradmax"}, "when: 'pays' compares"),
+        ({"neurons": "atuo"}, "neurons: expected 'auto' or an integer"),
+        ({"max_neurons": -3}, "max_neurons: expected an integer"),
+        ({"kernel": "ful"}, "kernel: expected one of"),
+        ({"reduction": "avg"}, "reduction: expected one of"),
+        ({"null_draws": -1}, "null_draws: expected an integer"),
     ],
 )
 def test_arguments_are_checked_at_once(options, words):
     with pytest.raises(ValueError, match=words):
         gk.Grower(mlp(), None, F.mse_loss, **options)
+
+
+class Noisy(nn.Module):
+    """Random also in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2, self.noisy = nn.Linear(8, 3), nn.Linear(3, 4), True
+
+    def forward(self, x):
+        z = self.fc2(torch.tanh(self.fc1(x)))
+        return z + 0.5 * torch.randn(4) if self.noisy else z
+
+
+def test_every_amplitude_sees_the_same_random_numbers():
+    """Otherwise the luckiest of a dozen draws would pass for an improvement."""
+    model, data = Noisy(), batches()
+    passes = Passes(model.eval(), data, F.mse_loss)
+    with torch.no_grad():
+        assert passes.loss() == passes.loss()
+    site = gk.GrowthSite("fc1", "fc2", ("tanh()",))
+    event = gk.Grower(model, None, F.mse_loss, sites=[site], neurons=2).step(data)
+    assert event.accepted
+    assert event.loss_after == pytest.approx(passes.loss(), rel=1e-6)
+
+
+def test_what_no_gradient_reaches_is_left_alone():
+    """A frozen backbone, and a head that the loss does not use."""
+    model, data = mlp(), batches()
+    for parameter in model[:4].parameters():
+        parameter.requires_grad_(False)
+    grower = gk.Grower(model, None, F.mse_loss, neurons=1)
+    grower.step(data)
+    assert [site.name for site in grower.sites] == ["3"]
+    assert [row["site"] for row in gk.bottlenecks(model, data, F.mse_loss).rows] == ["3"]
+
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(8, 3), nn.Linear(3, 4), nn.Linear(8, 3), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return {"used": self.b(torch.relu(self.a(x))), "unused": self.d(torch.relu(self.c(x)))}
+
+    model = TwoHeads()
+    grower = gk.Grower(model, None, lambda output, target: F.mse_loss(output["used"], target), neurons=1)
+    grower.step(data)
+    assert [site.name for site in grower.sites] == ["a"]
+
+
+def test_units_are_rounded_up_to_what_a_site_grows_by():
+    model, data = mlp(), batches()
+    event = gk.Grower(model, None, F.mse_loss, method="gradmax", neurons=3).step(data)
+    assert event.neurons == 4
+    model = nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Linear(8, 4))
+    event = gk.Grower(model, None, F.mse_loss, neurons=3).step(data)
+    assert event.neurons == 4
+    assert model[1].num_groups == 3
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gain_is_the_derivative_of_the_loss_as_it_is_reduced(reduction):
+    model, data = mlp().double(), [(x.double(), y.double()) for x, y in batches()]
+
+    def loss_fn(output, target):
+        return F.mse_loss(output, target, reduction=reduction)
+
+    sites = gk.find_sites(model, data[0][0])
+    new = gk.solve(gk.collect(model, sites, data, loss_fn, reduction=reduction)["3"], neurons=2, paired=True)
+    passes = Passes(model.eval(), data, loss_fn, reduction)
+    with torch.no_grad():
+        before = passes.loss()
+        with trial(model, new, scale=1e-7):
+            slope = (before - passes.loss()) / 1e-7
+    assert new.gain == pytest.approx(slope, rel=1e-4)
 
 
 def test_errors_of_a_step():
@@ -317,6 +401,10 @@ def test_errors_of_a_step():
         gk.Grower(nn.Linear(8, 4), None, F.mse_loss).step(data)
     with pytest.raises(ValueError, match="at least one"):
         gk.Grower(mlp(), None, F.mse_loss).step([])
+    with pytest.raises(ValueError, match="no parameters"):
+        gk.Grower(nn.ReLU(), None, F.mse_loss).step(data)
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        gk.Grower(mlp(), torch.optim.SGD(mlp().parameters(), 0.1), F.mse_loss, neurons=2).step(data)
     with pytest.raises(ValueError, match="at least one"):
         gk.bottlenecks(mlp(), [], F.mse_loss)
     with pytest.raises(ValueError, match="site 'missing'"):

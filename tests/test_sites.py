@@ -188,7 +188,6 @@ FLATTEN = "flatten(start_dim=1)"
     ("call", "reads", "step"),
     [
         (lambda y: y.view(y.size(0), -1), 288, FLATTEN),
-        (lambda y: y.view(-1, 8 * 6 * 6), 288, FLATTEN),
         (lambda y: y.reshape(y.shape[0], -1), 288, FLATTEN),
         (lambda y: y.view(y.shape[0], y.shape[1] * y.shape[2] * y.shape[3]), 288, FLATTEN),
         (lambda y: torch.flatten(y, 1), 288, FLATTEN),
@@ -214,6 +213,12 @@ FLATTEN = "flatten(start_dim=1)"
 )
 def test_flattening_and_pooling(call: Callable[[Tensor], Tensor], reads: int, step: str) -> None:
     assert between(lambda y: call(F.relu(y)), maps=True, reads=reads) == [f"a -> relu() -> {step} -> b"]
+
+
+def test_a_view_that_fixes_the_number_of_features_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "growkern.sites"):
+        assert between(lambda y: F.relu(y).view(-1, 8 * 6 * 6), maps=True, reads=288) == []
+    assert "view(size=('-1', '288')) between two layers is not supported" in caplog.text
 
 
 def test_pooling_by_the_size_of_the_map_is_a_site_or_says_why_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -317,9 +317,9 @@ def test_group_norm_keeps_old_groups() -> None:
     model(x)
     close(outputs[1][:, :6], outputs[0], 1e-12)
     assert (model[1].num_groups, model[1].num_channels) == (5, 10)
-    pre = F.conv2d(x, model[0].weight[6:], model[0].bias[6:]).transpose(0, 1).flatten(1)
-    close(model[1].weight[6:], (pre.var(1, unbiased=False) + model[1].eps).sqrt())
-    close(model[1].bias[6:], pre.mean(1))
+    pre = F.conv2d(x, model[0].weight[6:], model[0].bias[6:]).transpose(0, 1).reshape(2, -1)  # two groups of two
+    close(model[1].weight[6:], (pre.var(1, unbiased=False) + model[1].eps).sqrt().repeat_interleave(2))
+    close(model[1].bias[6:], pre.mean(1).repeat_interleave(2))
 
 
 def test_group_norm_refuses_part_of_a_group() -> None:

@@ -1,0 +1,21 @@
+"""Checks of arguments that several functions take, with one form of message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+KERNELS = ("full", "center")
+REDUCTIONS = ("mean", "sum")
+
+
+def check_choice(name: str, value: object, accepted: Iterable[str]) -> None:
+    """Raise a ValueError if a value is none of the accepted ones."""
+    if value not in (accepted := tuple(accepted)):
+        raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
+
+
+def check_count(name: str, value: object, also: str | None = None) -> None:
+    """Raise a ValueError if a value is neither an integer of 0 or more nor what is also accepted."""
+    if value != also and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        alternative = "" if also is None else f"{also!r} or "
+        raise ValueError(f"{name}: expected {alternative}an integer of 0 or more, got {value!r}")
