@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import growkern as gk
 from growkern import backend
 
 OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual", "eigh", "svd")
 CLASSES = 4
+F64 = torch.float64
 
 
 def _define_torchvision_ops() -> None:
@@ -229,6 +231,23 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(x).mean(1))
+
+
+def net(forward: Callable[..., Any], **layers: nn.Module) -> nn.Module:
+    """A module with these layers and this forward(self, ...)."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, layer in layers.items():
+                setattr(self, name, layer)
+
+    Net.forward = forward
+    return Net()
+
+
+def texts(model: nn.Module, *inputs: Any) -> list[str]:
+    return [str(site) for site in gk.find_sites(model, inputs if len(inputs) > 1 else inputs[0])]
 
 
 def mlp() -> nn.Sequential:

@@ -9,6 +9,8 @@ import growkern as gk
 
 DRAWS = 100
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def inner_product(output, direction):
     """A loss whose desired update is exactly minus `direction`."""

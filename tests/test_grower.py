@@ -6,28 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from relu_nets import batches, mlp, problem
 from torch import nn
 
 import growkern as gk
 from growkern.probe import Passes
 from growkern.surgery import trial
 
-
-def problem(n=400, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 8, generator=g)
-    hidden = torch.relu(x @ torch.randn(8, 12, generator=g))
-    return x, hidden @ torch.randn(12, 4, generator=g) / 3
-
-
-def batches(parts=3):
-    x, y = problem()
-    return list(zip(x.split([100, 100, 200][:parts]), y.split([100, 100, 200][:parts]), strict=False))
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Dropout(0.1), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(model, optimizer, data, steps=20):
@@ -297,28 +283,6 @@ def test_bottlenecks_looks_and_does_not_touch():
     torch.testing.assert_close(before, model.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"method": "best"}, "method: expected one of"),
-        ({"where": "worst"}, "where: expected one of"),
-        ({"when": "sometimes"}, "when: expected one of"),
-        ({"cost": "time"}, "cost: expected one of"),
-        ({"method": "random"}, "'random' has no directions"),
-        ({"when": 5}, "when: expected"),
-        ({"when": "pays", "method": "gradmax"}, "when: 'pays' compares"),
-        ({"neurons": "atuo"}, "neurons: expected 'auto' or an integer"),
-        ({"max_neurons": -3}, "max_neurons: expected an integer"),
-        ({"kernel": "ful"}, "kernel: expected one of"),
-        ({"reduction": "avg"}, "reduction: expected one of"),
-        ({"null_draws": -1}, "null_draws: expected an integer"),
-    ],
-)
-def test_arguments_are_checked_at_once(options, words):
-    with pytest.raises(ValueError, match=words):
-        gk.Grower(mlp(), None, F.mse_loss, **options)
-
-
 class Noisy(nn.Module):
     """Random also in evaluation mode."""
 
@@ -393,19 +357,3 @@ def test_gain_is_the_derivative_of_the_loss_as_it_is_reduced(reduction):
         with trial(model, new, scale=1e-7):
             slope = (before - passes.loss()) / 1e-7
     assert new.gain == pytest.approx(slope, rel=1e-4)
-
-
-def test_errors_of_a_step():
-    data = batches()
-    with pytest.raises(ValueError, match="no site that can grow"):
-        gk.Grower(nn.Linear(8, 4), None, F.mse_loss).step(data)
-    with pytest.raises(ValueError, match="at least one"):
-        gk.Grower(mlp(), None, F.mse_loss).step([])
-    with pytest.raises(ValueError, match="no parameters"):
-        gk.Grower(nn.ReLU(), None, F.mse_loss).step(data)
-    with pytest.raises(ValueError, match="holds none of the model's parameters"):
-        gk.Grower(mlp(), torch.optim.SGD(mlp().parameters(), 0.1), F.mse_loss, neurons=2).step(data)
-    with pytest.raises(ValueError, match="at least one"):
-        gk.bottlenecks(mlp(), [], F.mse_loss)
-    with pytest.raises(ValueError, match="site 'missing'"):
-        gk.Grower(mlp(), None, F.mse_loss, sites=[gk.GrowthSite("missing", "3")]).step(data)

@@ -1,0 +1,110 @@
+"""Measuring in any precision and memory format, from generators, loaders and several inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES, F64, FAMILIES, close, mlp, vgg
+from torch import Tensor, nn
+
+import growkern as gk
+from growkern import GrowthSite
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Precision -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "transformer"])
+def test_precisions(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build().double()
+    batches = family.batches(40, 30, dtype=F64)
+    single = [(x.float(), y) for x, y in batches]
+    site = gk.find_sites(model, batches[0][0])[0]
+    double = gk.collect(model, [site], batches, F.cross_entropy)[site.name]
+    model.float()
+    plain = gk.collect(model, [site], single, F.cross_entropy)[site.name]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = gk.collect(model, [site], single, F.cross_entropy)[site.name]
+    for key, value in double.tensors().items():
+        assert value.dtype == F64
+        if key != "update":  # dW* is solved for in float64
+            assert getattr(plain, key).dtype == getattr(half, key).dtype == torch.float32
+        if key in ("xx", "xv", "hh", "hv", "vv", "x_mean", "x_second"):
+            error = (getattr(plain, key) - value).norm() / value.norm()
+            assert error < 2e-5, (key, error)
+            error = (getattr(half, key) - value).norm() / value.norm()
+            assert error < 0.05, (key, error)
+
+
+def test_channels_last_and_in_place_models_measure_the_same() -> None:
+    model = vgg().double()
+    apart = copy.deepcopy(model)
+    for module in apart.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    batches = FAMILIES["vgg"].batches(90, dtype=F64)
+    last = [(x.to(memory_format=torch.channels_last), y) for x, y in batches]
+    sites = gk.find_sites(model, batches[0][0])
+    one, other = (gk.collect(m, sites, b, F.cross_entropy) for m, b in ((model, batches), (apart, last)))
+    for name in one:
+        for key, value in one[name].tensors().items():
+            close(getattr(other[name], key), value, 1e-9)
+
+
+# Batches -------------------------------------------------------------------------------------------------
+
+
+def test_generator_is_read_once_and_both_passes_see_the_same() -> None:
+    """N, from the second pass, is what xv − xh hh⁺ hv gives from the first."""
+    model = mlp().double()
+    site = gk.find_sites(model, torch.zeros(2, 6, dtype=F64))[0]
+    made: list[int] = []
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        for n in (30, 20):
+            made.append(n)
+            yield torch.randn(n, 6, dtype=F64), torch.randint(CLASSES, (n,))
+
+    moments = gk.collect(model, [site], stream(), F.cross_entropy, null_draws=2)["0"]
+    assert made == [30, 20]
+    assert moments.count == 50
+    expected = moments.xv - moments.xh @ torch.linalg.solve(moments.hh, moments.hv)
+    close(moments.xr, expected, 1e-8)
+
+
+def test_loader_and_several_inputs() -> None:
+    """A DataLoader gives lists; an input that is a list or tuple holds several arguments."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return self.b(F.relu(self.a(x + shift)))
+
+    model, x, shift, y = Two(), torch.randn(12, 6), torch.randn(12, 6), torch.randint(CLASSES, (12,))
+    sites = [GrowthSite("a", "b", ("relu()",))]
+    assert gk.find_sites(model, (x, shift)) == sites
+    expected = gk.collect(model, sites, [((x[:5], shift[:5]), y[:5]), ([x[5:], shift[5:]], y[5:])], F.cross_entropy)[
+        "a"
+    ]
+
+    class Pairs(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, i: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+            return (x[i], shift[i]), y[i]
+
+    loader = torch.utils.data.DataLoader(Pairs(), batch_size=5)
+    found = gk.collect(model, sites, loader, F.cross_entropy)["a"]
+    assert found.count == expected.count == 12
+    for key in ("xx", "xh", "xv", "hh", "hv", "vv", "xr"):
+        close(getattr(found, key), getattr(expected, key), 1e-5)

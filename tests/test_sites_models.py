@@ -1,0 +1,152 @@
+"""How models are called to find sites, and sites named by hand where that fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES, FAMILIES, assert_same, close, mlp, net, picture, texts
+from torch import Tensor, nn
+
+import growkern as gk
+from growkern import GrowthSite
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# How models are called ----------------------------------------------------------------------------------
+
+
+def test_forward_with_more_arguments() -> None:
+    def forward(self: Any, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, *, extra: Any = None) -> Tensor:
+        x = x if mask is None else x * mask
+        if extra is not None:
+            raise AssertionError
+        return self.b(F.relu(self.a(x))) * scale
+
+    model = net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 2))
+    x = torch.randn(4, 6)
+    assert texts(model, x) == ["a -> relu() -> b"]
+    assert texts(model, x, torch.ones(6)) == ["a -> relu() -> b"]
+    moments = gk.collect(model, gk.find_sites(model, x), [(x, None)], lambda y, _: y.square().mean())
+    assert moments["a"].count == 4
+
+
+def test_branches_on_the_mode_follow_evaluation() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        hidden = F.relu(self.a(x))
+        return self.b(hidden) + (hidden.sum() if self.training else 0)
+
+    model = net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 2))
+    assert texts(model, torch.randn(2, 6)) == ["a -> relu() -> b"]
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet", "transformer"])
+def test_nothing_changes(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build()
+    list(model.modules())[1].eval()
+    before = picture(model)
+    gk.find_sites(model, torch.randn(4, *family.sample, generator=torch.Generator().manual_seed(1)))
+    assert_same(before, picture(model))
+
+
+class Branching(nn.Module):
+    """No trace: the forward pass branches on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = -x if x.sum() > 1e9 else x
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+def test_untraceable_model_says_how_to_name_sites() -> None:
+    model = Branching()
+    before = picture(model)
+    with pytest.raises(RuntimeError, match="GrowthSite") as error:
+        gk.find_sites(model, torch.randn(4, 6, generator=torch.Generator()))
+    assert "between" in str(error.value)
+    assert "Branching" in str(error.value)
+    assert_same(before, picture(model))
+
+
+def test_untraceable_model_grows_at_a_site_named_by_hand() -> None:
+    model, x, target = Branching().double(), torch.randn(16, 6, dtype=torch.float64), torch.randint(CLASSES, (16,))
+    site = GrowthSite("fc1", "fc2", between=("relu()",))
+    new = gk.solve(gk.collect(model, [site], [(x, target)], F.cross_entropy)["fc1"], neurons=2, paired=True)
+    expected = model(x) + (x @ new.alpha[0, :6] + new.alpha[0, 6])[:, None] * new.omega[:, 0] * 0.3
+    gk.apply(model, new, scale=0.3)
+    assert model.fc1.out_features == 10
+    close(model(x), expected)  # relu(t) − relu(−t) = t
+
+
+def test_model_that_does_not_run_on_its_inputs() -> None:
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|GrowthSite"):
+        gk.find_sites(mlp(), torch.randn(4, 5))
+
+
+def test_bare_transformer_layer_says_how_to_name_its_site() -> None:
+    """Its own forward branches on values; wrapped in a model it is not traced into."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    with pytest.raises(RuntimeError, match="GrowthSite"):
+        gk.find_sites(layer, torch.randn(2, 5, 8))
+    batches = [(torch.randn(2, 5, 8), None)]
+    site = GrowthSite("linear1", "linear2", ("relu()", "dropout"))
+    assert gk.collect(layer, [site], batches, lambda y, _: y.square().mean())["linear1"].count == 10
+
+
+# Sites named by hand ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (GrowthSite("nowhere", "3", ("1",)), "nowhere"),
+        (GrowthSite("0", "nowhere", ("1",)), "nowhere"),
+        (GrowthSite("0", "3", ("nowhere",)), "nowhere"),
+        (GrowthSite("0", "1"), "1 is a ReLU"),
+        (GrowthSite("0", "6", ("1",)), "reads 7"),
+        (GrowthSite("0", "3", ("relu",)), "relu"),
+        (GrowthSite("0", "3", ("relu(",)), r"relu\("),
+        (GrowthSite("0", "3", ("relu(x)",)), "named constants"),
+        (GrowthSite("0", "3", ("warp()",)), r"warp\(\)"),
+        (GrowthSite("0", "3", ("flatten(start_dim=1)",)), "Linear producer"),
+        (GrowthSite("0", "3", ("gelu(approximate='none', wrong=1)",)), "gelu"),
+    ],
+    ids=str,
+)
+def test_wrong_site_is_named(site: GrowthSite, message: str) -> None:
+    model = mlp()
+    before = picture(model)
+    with pytest.raises(ValueError, match=message) as error:
+        gk.collect(model, [site], [(torch.zeros(4, 6), torch.zeros(4, dtype=torch.long))], F.cross_entropy)
+    assert f"site {site.name!r}" in str(error.value)
+    assert_same(before, picture(model))
+
+
+def test_site_cannot_be_its_own_consumer() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, CLASSES))
+    with pytest.raises(ValueError, match="'0'"):
+        gk.collect(
+            model, [GrowthSite("0", "0")], [(torch.randn(4, 6), torch.zeros(4, dtype=torch.long))], F.cross_entropy
+        )
+
+
+def test_hand_named_site_reads_like_a_found_one() -> None:
+    """A functional call, a module and a found site give the same moments."""
+    model = net(
+        lambda self, x: self.b(self.act(self.a(x))), a=nn.Linear(6, 8), act=nn.GELU(), b=nn.Linear(8, CLASSES)
+    ).double()
+    batches = [(torch.randn(9, 6, dtype=torch.float64), torch.randint(CLASSES, (9,)))]
+    found = gk.find_sites(model, batches[0][0])
+    by_hand = [GrowthSite("a", "b", ("gelu()",))]
+    one, other = (gk.collect(model, sites, batches, F.cross_entropy)["a"] for sites in (found, by_hand))
+    assert (one.slope, one.smooth) == (other.slope, other.smooth)
+    assert one.slope == pytest.approx(0.5, abs=1e-4)
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, getattr(other, name)), name
