@@ -140,7 +140,7 @@ def train(model, plan, seed, grows, report):
             total, spent = total + loss.item() * len(batch), spent + cost * len(batch)
         epoch += 1
         parameters = sum(p.numel() for p in model.parameters())
-        track.append([parameters, spent / len(x), accuracy(model, x_test, y_test)])
+        track.append((parameters, round(spent / len(x)), round(accuracy(model, x_test, y_test), 2)))
         report(
             spent / budget, f"epoch {epoch}, loss {total / len(x):.3f}, accuracy {track[-1][2]:.1f}, {widths(model)}"
         )
@@ -150,11 +150,11 @@ def train(model, plan, seed, grows, report):
     }  # fmt: skip
 
 
-def run(name, plan, seed, messages):
-    """Train the grown network of one seed, then the fixed one of its final widths and the tiny one."""
+def run(name, plan, seed, kinds, messages):
+    """Train networks of one seed; a fixed one has the final widths of the grown one before it."""
     torch.set_num_threads(1)
     rows, final = [], None
-    for kind in KINDS:
+    for kind in kinds:
         torch.manual_seed(seed)
         model = BUILD[name](*(final if kind == "fixed" else plan.start))
         start = time.perf_counter()
@@ -179,7 +179,12 @@ def run_all(plans, seeds, console):
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(2) as pool, Progress(*columns, console=console) as progress:
         messages = manager.Queue()
-        jobs = [pool.apply_async(run, (name, plan, seed, messages)) for name, plan in plans.items() for seed in seeds]
+        jobs = [
+            pool.apply_async(run, (name, plan, seed, kinds, messages))
+            for kinds in (("tiny",), ("grown", "fixed"))  # the longest first
+            for name, plan in reversed(plans.items())
+            for seed in seeds
+        ]
         bars = {}
         while not (messages.empty() and all(job.ready() for job in jobs)):
             try:
@@ -195,7 +200,8 @@ def run_all(plans, seeds, console):
                 progress.update(bars[key], completed=min(share, 1.0), text=text)
                 if share >= 1 and not console.is_terminal:
                     console.print(f"{label}: {text}")
-        return [row for job in jobs for row in job.get()]
+        rows = [row for job in jobs for row in job.get()]
+    return sorted(rows, key=lambda row: (list(plans).index(row["model"]), KINDS.index(row["kind"]), row["seed"]))
 
 
 def summarise(rows):
@@ -281,7 +287,7 @@ def main():
         "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
         "growkern": gk.__version__, "plans": {name: asdict(plan) for name, plan in plans.items()}, "summary": lines,
     }  # fmt: skip
-    (args.out / "digits.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    (args.out / "digits.json").write_text(json.dumps(facts | {"rows": rows}) + "\n")
     picture(rows, args.out / "digits.png")
     console.print(table(lines))
     console.print(f"{seconds:.0f} s; figures in {args.out / 'digits.json'}, picture in {args.out / 'digits.png'}")
