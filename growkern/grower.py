@@ -104,6 +104,10 @@ class Grower:
         What a promise is divided by.
     max_parameters : int, optional
         Never grow the model beyond this many parameters.
+
+    Notes
+    -----
+    A DistributedDataParallel wrapper holds the old parameters: grow its inner module, then build the wrapper anew.
     """
 
     def __init__(

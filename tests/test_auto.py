@@ -95,7 +95,8 @@ def test_a_planted_signal_is_found_with_its_rank_in_a_convolution():
     assert counts == [3] * 20
 
 
-def test_a_constant_error_of_a_whole_sequence_is_one_draw_of_noise():
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_a_constant_error_of_a_whole_sequence_is_one_draw_of_noise(batch_dim):
     """Tokens of a sequence share their error: one sign per token would take 32 times too many for independent."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 5))
@@ -105,5 +106,6 @@ def test_a_constant_error_of_a_whole_sequence_is_one_draw_of_noise():
         g = torch.Generator().manual_seed(draw)
         x = torch.randn(64, 1, 8, generator=g) + 0.3 * torch.randn(64, 32, 8, generator=g)
         v = torch.randn(64, 1, 5, generator=g).expand(64, 32, 5)
-        false += len(found(model, site, x, v, "tiny")) > 0
+        x, v = (t.transpose(0, batch_dim) for t in (x, v))
+        false += len(found(model, site, x, v, "tiny", batch_dim=batch_dim)) > 0
     assert false <= 0.02 * DRAWS

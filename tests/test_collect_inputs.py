@@ -108,3 +108,21 @@ def test_loader_and_several_inputs() -> None:
     assert found.count == expected.count == 12
     for key in ("xx", "xh", "xv", "hh", "hv", "vv", "xr"):
         close(getattr(found, key), getattr(expected, key), 1e-5)
+
+
+def test_inputs_in_a_dict_are_the_same_samples() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.b(torch.tanh(self.a(batch["x"])))
+
+    model, x, y = Named(), torch.randn(20, 6), torch.randint(CLASSES, (20,))
+    site = GrowthSite("a", "b", ("tanh()",))
+    named = gk.collect(model, site, [({"x": x}, y)], F.cross_entropy)["a"]
+    plain = nn.Sequential(model.a, nn.Tanh(), model.b)
+    expected = gk.collect(plain, GrowthSite("0", "2", ("1",)), [(x, y)], F.cross_entropy)["0"]
+    for key, tensor in expected.tensors().items():
+        assert torch.equal(named.tensors()[key], tensor), key
