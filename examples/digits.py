@@ -1,352 +1,296 @@
-"""Grow two networks on scikit-learn's handwritten digits, next to two that never grow.
+"""Grow networks on scikit-learn's digits, beside one that never grows and one that has the final widths at once.
 
-An MLP and a small convolutional network start two units wide and grow while they train. Beside each of them
-trains the same tiny network, never grown, and a fixed one with the widths that the grown network ended with.
+usage: python examples/digits.py [--out DIR] [--seeds N] [--models mlp,cnn] [--quick]
 
-All three get the same data, batch size, optimizer and compute, and the same learning rate as a function of the
-compute spent. Compute is counted in multiply-adds of every forward and backward pass, at the widths of the moment;
-growth steps, with all that they measure, solve and try, go on the grown network's account. Growth sees training
-images only, and the test images decide nothing.
+Each of the three spends the same compute: the multiply-adds of all forward and backward passes and, for the grown
+network, of its growth steps. Growth sees training images only; the test images only measure.
 """
 
-from __future__ import annotations
-
 import argparse
-import copy
 import json
 import math
 import multiprocessing
+import os
 import platform
 import queue
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import sklearn
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import growkern as gk
 
-LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 0.02, 0.5, 64
-TEST_IMAGES = 360
-POINTS = 40  # of a trajectory, evenly spaced in compute
-COLOURS = {"grown": "#0b7a75", "tiny": "#d1781f", "fixed": "#3d4457"}  # of the three networks, in order of training
+KINDS = ("grown", "fixed", "tiny")
 
 
-class MLP(nn.Module):
-    """64 pixels, two hidden layers, 10 digits."""
-
-    def __init__(self, first: int, second: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.head = nn.Linear(64, first), nn.Linear(first, second), nn.Linear(second, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(F.relu(self.fc2(F.relu(self.fc1(images.flatten(1))))))
+def mlp(a, b):
+    return nn.Sequential(nn.Linear(64, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 10))
 
 
-class CNN(nn.Module):
-    """Three convolutions with BatchNorm on 8×8 images, pooled to 2×2 ahead of the head."""
+def cnn(a, b, c):
+    def block(inputs, outputs):
+        return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
 
-    def __init__(self, first: int, second: int, third: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first)
-        self.conv2, self.norm2 = nn.Conv2d(first, second, 3, padding=1, bias=False), nn.BatchNorm2d(second)
-        self.conv3, self.norm3 = nn.Conv2d(second, third, 3, padding=1, bias=False), nn.BatchNorm2d(third)
-        self.head = nn.Linear(third * 4, 10)
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 8, 8)), *block(1, a), *block(a, b), nn.MaxPool2d(2)),
+        *(*block(b, c), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * c, 10)),
+    )
 
-    def forward(self, images: Tensor) -> Tensor:
-        maps = F.relu(self.norm1(self.conv1(images)))
-        maps = F.max_pool2d(F.relu(self.norm2(self.conv2(maps))), 2)
-        maps = F.max_pool2d(F.relu(self.norm3(self.conv3(maps))), 2)
-        return self.head(maps.flatten(1))
+
+BUILD = {"mlp": mlp, "cnn": cnn}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a kind of network starts from, what it may spend, and how it grows."""
+class Plan:
+    """How one model is trained and grown."""
 
-    widths: tuple[int, ...]
-    compute: float  # multiply-adds, for each network
-    neurons: int  # new units of every site in one growth step
-    growth_epochs: int  # from one growth step to the next
-    growth_images: int  # that a growth step measures
-    max_parameters: int
+    start: tuple[int, ...]  # widths
+    compute: float  # budget, in multiply-adds for each training image
+    every: int  # epochs between growth steps
+    measured: int  # training images that a growth step sees
+    grow: dict = field(default_factory=dict)
+    weight_decay: float = 0.5
+    grow_until: float = 0.5  # of the compute
+    learning_rate: float = 1e-2
+    batch: int = 64
 
 
-BUILD: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn": CNN}
-RECIPES = {
-    "mlp": Recipe((2, 2), compute=4e8, neurons=4, growth_epochs=4, growth_images=256, max_parameters=1700),
-    "cnn": Recipe((2, 2, 2), compute=9e9, neurons=2, growth_epochs=2, growth_images=128, max_parameters=1700),
+PLANS = {
+    "mlp": Plan((2, 2), 2.8e5, 4, 256, {"neurons": 4, "where": "all", "max_parameters": 1700}),
+    "cnn": Plan((2, 2, 2), 6e6, 2, 128, {"neurons": 2, "where": "all", "max_parameters": 1700}),
 }
 
 
-def digits() -> list[Tensor]:
-    """Training images, test images, training labels, test labels; the split is the same in every run."""
-    data = load_digits()
-    images = (data.images / 16).astype(np.float32)[:, None]
-    parts = train_test_split(images, data.target, test_size=TEST_IMAGES, stratify=data.target, random_state=0)
-    return [torch.tensor(part) for part in parts]
+def digits():
+    """Training images and labels, test images and labels."""
+    images, labels = load_digits(return_X_y=True)
+    images, labels = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    x, x_test, y, y_test = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    return x, y, x_test, y_test
 
 
-def moments_flops(x: Any, h: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    """A multiply-add for every sample and every entry of the moments; samples are rows, or positions of a map."""
-    return 2 * math.prod((h[0], *h[2:])) * sum(math.prod(shape) for shape in out_shape)
+def multiply_adds(work):
+    """Multiply-adds of `work()`: PyTorch's own count, and for growkern's ops one for each entry, position and image."""
+
+    def second_moments(_, h, *rest, out_shape, **options):
+        return 2 * h[0] * math.prod(h[2:]) * sum(map(math.prod, out_shape))
+
+    ops = torch.ops.growkern
+    counted = {op: second_moments for op in (ops.linear_moments, ops.conv2d_moments)}
+    counted |= {op: second_moments for op in (ops.linear_residual, ops.conv2d_residual)}
+    counted |= {ops.eigh: lambda a, **options: 18 * math.prod(a) * a[-1]}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        result = work()
+    return counter.get_total_flops() / 2, result
 
 
-MOMENTS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
-GROWKERN_FLOPS = {getattr(torch.ops.growkern, name): moments_flops for name in MOMENTS}
-GROWKERN_FLOPS[torch.ops.growkern.eigh] = lambda a, **_: 9 * math.prod(a) * a[-1]
+def cost_per_image(model):
+    """Multiply-adds of one forward and backward pass of one image."""
+    cost, _ = multiply_adds(lambda: model(torch.rand(4, 64)).logsumexp(1).sum().backward())
+    model.zero_grad()
+    return cost / 4
 
 
-def counted(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """What `work` returns, and the multiply-adds that it took."""
-    with FlopCounterMode(display=False, custom_mapping=GROWKERN_FLOPS) as counter:
-        result = work(*args)
-    return result, counter.get_total_flops() / 2
-
-
-def cost_per_image(model: nn.Module, images: Tensor) -> float:
-    """Multiply-adds of one forward and backward pass."""
-    trial = copy.deepcopy(model)
-    return counted(lambda: trial(images).sum().backward())[1] / len(images)
-
-
-def widths(model: nn.Module) -> list[int]:
-    """Units of each hidden layer."""
-    layers = [layer for layer in model.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    return [layer.weight.shape[0] for layer in layers[:-1]]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """In percent."""
+def accuracy(model, x, y):
     model.eval()
-    correct = (model(images).argmax(1) == labels).double().mean()
+    with torch.no_grad():
+        correct = (model(x).argmax(1) == y).double().mean().item()
     model.train()
-    return round(100 * float(correct), 2)
+    return 100 * correct
 
 
-def train(model: nn.Module, recipe: Recipe, seed: int, grow: bool, report: Callable[..., None]) -> dict[str, Any]:
-    """Train until the compute is spent, growing on the way or not."""
-    images, test_images, labels, test_labels = digits()
+def widths(model):
+    return [m.weight.shape[0] for m in model if isinstance(m, nn.Linear | nn.Conv2d)][:-1]
+
+
+def train(model, plan, seed, grows, report):
+    """Train until the budget is spent; return what happened on the way."""
+    x, y, x_test, y_test = digits()
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    options = {"neurons": recipe.neurons, "where": "all", "max_parameters": recipe.max_parameters}
-    grower = gk.Grower(model, optimizer, F.cross_entropy, **options)
-    start, epoch, spent, loss = time.perf_counter(), 0, 0.0, math.log(10)
-    growth_steps, growth_compute = 0, 0.0
-    per_image = cost_per_image(model, images[:2])
-    trajectory: list[dict[str, Any]] = []
-
-    def batches(count: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        chosen = torch.randperm(len(images), generator=order)[:count]
-        return [(images[rows], labels[rows]) for rows in chosen.split(BATCH_SIZE)]
-
-    def record() -> None:
-        point = {"epoch": epoch, "compute": spent, "parameters": sum(p.numel() for p in model.parameters())}
-        point |= {"loss": round(loss, 4), "test_accuracy": accuracy(model, test_images, test_labels)}
-        trajectory.append(point)
-        report("progress", done=spent / recipe.compute, widths=widths(model), **point)
-
-    record()
-    while spent < recipe.compute:
-        if grow and epoch and epoch % recipe.growth_epochs == 0:
-            measured = batches(recipe.growth_images)
-            if not growth_steps and seed == 0:
-                found = gk.bottlenecks(model, measured, F.cross_entropy)
-                report("event", text=f"where it is held back, epoch {epoch}\n{found}")
-            record()
-            event, cost = counted(grower.step, measured)
-            spent, growth_compute, growth_steps = spent + cost, growth_compute + cost, growth_steps + event.accepted
-            per_image, grow = cost_per_image(model, images[:2]), event.accepted
-            report("event", text=f"growth step, epoch {epoch}\n{event}")
-            record()
-        for x, y in batches():
+    optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+    grower = gk.Grower(model, optimizer, F.cross_entropy, **plan.grow) if grows else None
+    budget, spent, cost, epoch = plan.compute * len(x), 0.0, cost_per_image(model), 0
+    track, events = [], []
+    while spent < budget:
+        if grower and epoch and epoch % plan.every == 0 and spent < plan.grow_until * budget:
+            chosen = torch.randperm(len(x), generator=order)[: plan.measured]
+            growth_cost, event = multiply_adds(lambda chosen=chosen: grower.step([(x[chosen], y[chosen])]))
+            spent, cost = spent + growth_cost, cost_per_image(model)
+            events += [{"epoch": epoch, "text": line} for line in str(event).splitlines()]
+            report(None, str(event) if event.accepted else "")
+        total = 0.0
+        for batch in torch.randperm(len(x), generator=order).split(plan.batch):
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * min(spent / recipe.compute, 1))) / 2
+                group["lr"] = plan.learning_rate * (1 + math.cos(math.pi * min(1.0, spent / budget))) / 2
             optimizer.zero_grad()
-            value = F.cross_entropy(model(x), y)
-            value.backward()
+            loss = F.cross_entropy(model(x[batch]), y[batch])
+            loss.backward()
             optimizer.step()
-            spent, loss = spent + per_image * len(x), 0.95 * loss + 0.05 * value.item()
-            if spent >= recipe.compute * len(trajectory) / POINTS:
-                record()
-            if spent >= recipe.compute:
-                break
+            total, spent = total + loss.item() * len(batch), spent + cost * len(batch)
         epoch += 1
-    last = {key: trajectory[-1][key] for key in ("parameters", "compute", "loss", "test_accuracy")}
-    last |= {"widths": widths(model), "train_accuracy": accuracy(model, images, labels), "epochs": epoch}
-    last |= {"growth_steps": growth_steps, "growth_compute": growth_compute}
-    return last | {"seconds": round(time.perf_counter() - start, 1), "trajectory": trajectory}
+        parameters = sum(p.numel() for p in model.parameters())
+        track.append((parameters, round(spent / len(x)), round(accuracy(model, x_test, y_test), 2)))
+        report(
+            spent / budget, f"epoch {epoch}, loss {total / len(x):.3f}, accuracy {track[-1][2]:.1f}, {widths(model)}"
+        )
+    return {
+        "widths": widths(model), "parameters": track[-1][0], "accuracy": track[-1][2], "loss": total / len(x),
+        "epochs": epoch, "compute": spent / len(x), "events": events, "track": track,
+    }  # fmt: skip
 
 
-def start_worker(reports: Any) -> None:
-    """Keep, in a worker process, the queue that the display reads."""
-    global send
-    send = reports.put
+def run(name, plan, seed, kinds, messages):
+    """Train networks of one seed; a fixed one has the final widths of the grown one before it."""
     torch.set_num_threads(1)
-
-
-def compare(kind: str, recipe: Recipe, seed: int) -> list[dict[str, Any]]:
-    """Train the grown, the tiny and the fixed network of one seed."""
-    runs: dict[str, dict[str, Any]] = {}
-    for network in COLOURS:
-        title = f"{kind} {network}, seed {seed}"
+    rows, final = [], None
+    for kind in kinds:
         torch.manual_seed(seed)
-        model = BUILD[kind](*(runs["grown"]["widths"] if network == "fixed" else recipe.widths))
-        run = train(model, recipe, seed, network == "grown", lambda what, t=title, **facts: send((what, t, facts)))
-        runs[network] = {"model": kind, "network": network, "seed": seed} | run
-        send(("finished", title, run | {"trajectory": None}))
-    return list(runs.values())
+        model = BUILD[name](*(final if kind == "fixed" else plan.start))
+        start = time.perf_counter()
 
+        def report(share, text, kind=kind):
+            messages.put(((name, kind, seed), share, text))
 
-class Display:
-    """A bar for each network in training; lines for growth steps, finished networks and, without a terminal, progress."""
-
-    def __init__(self, console: Console) -> None:
-        self.console, self.tasks, self.quarters = console, {}, {}
-        columns = ("[bold]{task.description}", BarColumn(20), "{task.fields[facts]}")
-        self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-    def show(self, what: str, title: str, facts: dict[str, Any]) -> None:
-        if what == "event":
-            self.line("green", title, facts["text"].replace("\n", "\n    "))
-        elif what == "finished":
-            text = "test {test_accuracy:.1f}%  widths {widths}  {epochs} epochs in {seconds:.0f} s"
-            self.line("bold cyan", title, text.format(**facts))
-            self.bars.remove_task(self.tasks.pop(title))
-        else:
-            text = "epoch {epoch}  loss {loss:.3f}  test {test_accuracy:.1f}%  widths {widths}".format(**facts)
-            if title not in self.tasks:
-                self.tasks[title] = self.bars.add_task(title, total=1.0, facts=text)
-            self.bars.update(self.tasks[title], completed=facts["done"], facts=text)
-            quarter, before = int(4 * facts["done"]), self.quarters.get(title, -1)
-            if quarter > before and not self.console.is_terminal:
-                self.line("dim", title, text)
-            self.quarters[title] = quarter
-
-    def line(self, style: str, title: str, text: str) -> None:
-        self.console.print(f"[{style}]{title:<19}[/]", text.replace("[", r"\["), highlight=False, soft_wrap=True)
-
-
-def run_all(recipes: dict[str, Recipe], seeds: int, console: Console) -> list[dict[str, Any]]:
-    """Every comparison, two at a time, the longest first."""
-    context = multiprocessing.get_context("spawn")
-    reports, display = context.Queue(), Display(console)
-    jobs = [(kind, recipe, seed) for kind, recipe in recipes.items() for seed in range(seeds)]
-    jobs.sort(key=lambda job: -job[1].compute)
-    with display.bars, ProcessPoolExecutor(min(2, len(jobs)), context, start_worker, (reports,)) as pool:
-        futures = [pool.submit(compare, *job) for job in jobs]
-        while not (all(future.done() for future in futures) and reports.empty()):
-            try:
-                display.show(*reports.get(timeout=0.2))
-            except queue.Empty:
-                continue
-    return [run for future in futures for run in future.result()]
-
-
-def summarise(runs: list[dict[str, Any]], kinds: list[str]) -> list[dict[str, Any]]:
-    """One row for each model and network: means over its seeds."""
-    rows = []
-    for kind, network in ((kind, network) for kind in kinds for network in COLOURS):
-        mine = [run for run in runs if (run["model"], run["network"]) == (kind, network)]
-        scores = [run["test_accuracy"] for run in mine]
-        averaged = ("parameters", "test_accuracy", "compute", "epochs", "growth_steps")
-        row = {key: statistics.mean(run[key] for run in mine) for key in averaged}
-        row["sd"] = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        row["widths"] = ", ".join(dict.fromkeys("-".join(map(str, run["widths"])) for run in mine))
-        rows.append({"model": kind, "network": network} | row)
+        row = train(model, plan, seed, kind == "grown", report)
+        final = final or row["widths"]
+        rows.append({"model": name, "kind": kind, "seed": seed, **row, "seconds": time.perf_counter() - start})
     return rows
 
 
-def table(rows: list[dict[str, Any]], seeds: int) -> Table:
-    """What a reader wants to see of the rows."""
-    shown = Table(title=f"scikit-learn's digits, {TEST_IMAGES} test images, mean ± sd over {seeds} seeds")
-    for heading in ("model", "network", "hidden widths"):
-        shown.add_column(heading)
-    for heading in ("parameters", "test accuracy", "multiply-adds", "epochs", "growth steps"):
-        shown.add_column(heading, justify="right")
-    for row in rows:
-        numbers = [f"{row['parameters']:,.0f}", f"{row['test_accuracy']:.1f} ± {row['sd']:.1f} %"]
-        numbers += [f"{row['compute']:.2g}", f"{row['epochs']:.0f}", f"{row['growth_steps']:.0f}"]
-        last = row["network"] == list(COLOURS)[-1]
-        shown.add_row(row["model"], row["network"], row["widths"], *numbers, end_section=last)
-    return shown
+def run_all(plans, seeds, console):
+    """Run every model and seed in two processes, with a progress bar for each network."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(2) as pool, Progress(*columns, console=console) as progress:
+        messages = manager.Queue()
+        jobs = [
+            pool.apply_async(run, (name, plan, seed, kinds, messages))
+            for kinds in (("tiny",), ("grown", "fixed"))  # the longest first
+            for name, plan in reversed(plans.items())
+            for seed in seeds
+        ]
+        bars = {}
+        while not (messages.empty() and all(job.ready() for job in jobs)):
+            try:
+                key, share, text = messages.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            label = f"{key[0]} {key[1]}, seed {key[2]}"
+            if key not in bars:
+                bars[key] = progress.add_task(label, total=1.0, text="")
+            if share is None and text:
+                progress.console.print(f"[green]{label}[/]: " + text.replace("\n", f"\n[green]{label}[/]: "))
+            elif share is not None:
+                progress.update(bars[key], completed=min(share, 1.0), text=text)
+                if share >= 1 and not console.is_terminal:
+                    console.print(f"{label}: {text}")
+        rows = [row for job in jobs for row in job.get()]
+    return sorted(rows, key=lambda row: (list(plans).index(row["model"]), KINDS.index(row["kind"]), row["seed"]))
 
 
-def draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Test accuracy against parameters: the ways of the grown networks, and where all three end."""
-    kinds = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(5.4 * len(kinds), 4.8), layout="constrained")
-    for axis, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
-        for run in runs:
-            if (run["model"], run["network"]) == (kind, "grown"):
-                way = [(point["parameters"], point["test_accuracy"]) for point in run["trajectory"]]
-                axis.plot(*zip(*way, strict=True), color=COLOURS["grown"], alpha=0.4, linewidth=1.3)
-        for row in rows:
-            if row["model"] == kind:
-                axis.errorbar(
-                    row["parameters"], row["test_accuracy"], row["sd"], fmt="o", color=COLOURS[row["network"]]
-                )
-        axis.set_title(kind.upper(), loc="left", fontweight="bold")
-        axis.set_xlabel("parameters")
-        axis.set_xscale("log")
-        axis.set_yscale("function", functions=(lambda a: -np.log10(101 - a), lambda b: 101 - 10**-b))
-        axis.set_ylim(5, 100)
-        axis.set_yticks([10, 50, 80, 90, 95, 98, 100])
-        axis.grid(alpha=0.2)
+def summarise(rows):
+    """One line for each model and kind: means over seeds, and the spread of accuracy."""
+    lines = []
+    for name, kind in dict.fromkeys((row["model"], row["kind"]) for row in rows):
+        some = [row for row in rows if (row["model"], row["kind"]) == (name, kind)]
+        mean = {
+            key: statistics.mean(row[key] for row in some) for key in ("parameters", "accuracy", "compute", "epochs")
+        }
+        spread = statistics.stdev(row["accuracy"] for row in some) if len(some) > 1 else 0.0
+        grown = statistics.mean(len(row["events"]) for row in some)
+        shapes = ", ".join(dict.fromkeys("-".join(map(str, row["widths"])) for row in some))
+        lines.append({"model": name, "kind": kind, "widths": shapes, **mean, "spread": spread, "growth steps": grown})
+    return lines
+
+
+def table(lines):
+    result = Table(title="Test accuracy at equal compute, mean ± standard deviation over seeds")
+    for column in ("model", "network", "widths", "parameters", "accuracy, %", "multiply-adds / image", "epochs"):
+        result.add_column(
+            column, no_wrap=column != "widths", justify="left" if column in ("model", "network", "widths") else "right"
+        )
+    for line in lines:
+        score = f"{line['accuracy']:.2f} ± {line['spread']:.2f}"
+        figures = (f"{line['parameters']:.0f}", score, f"{line['compute']:.3g}", f"{line['epochs']:.0f}")
+        result.add_row(line["model"], line["kind"], line["widths"], *figures, end_section=line["kind"] == "tiny")
+    return result
+
+
+def picture(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours, marks = (
+        {"grown": "#1b7f5c", "fixed": "#44519e", "tiny": "#c9622b"},
+        {"grown": "o", "fixed": "s", "tiny": "^"},
+    )
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 4.4), squeeze=False, layout="constrained")
+    for name, axis in zip(names, axes[0], strict=True):
+        for line in (line for line in summarise(rows) if line["model"] == name):
+            kind = line["kind"]
+            some = [row for row in rows if (row["model"], row["kind"]) == (name, kind)]
+            for row in some if kind == "grown" else ():
+                sizes, _, scores = zip(*row["track"], strict=True)
+                axis.plot(sizes, scores, color=colours[kind], alpha=0.4, linewidth=1.3)
+            at = [row["parameters"] for row in some], [row["accuracy"] for row in some]
+            label = f"{kind}: {line['accuracy']:.1f} ± {line['spread']:.1f} %"
+            axis.plot(*at, marks[kind], color=colours[kind], markersize=8, markeredgecolor="white", label=label)
+        axis.set(title=name.upper(), xlabel="parameters", xscale="log", ylim=(0, 102))
+        axis.set_xticks([200, 500, 1000, 2000], ["200", "500", "1,000", "2,000"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("test accuracy in %")
-    figure.savefig(path, dpi=160)
+        axis.legend(loc="lower right", frameon=False)
+    axes[0][0].set_ylabel("test accuracy, %")
+    figure.suptitle("Handwritten digits at equal compute; lines follow the grown networks on their way")
+    figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for digits.json and digits.png")
-    parser.add_argument("--seeds", type=int, default=3, help="how many of each network")
-    parser.add_argument("--models", default="mlp,cnn", help="mlp, cnn or both")
-    parser.add_argument("--quick", action="store_true", help="a few seconds of it, to see that it runs")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", default="mlp,cnn", type=lambda text: text.split(","))
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the compute, to see that it runs")
     args = parser.parse_args()
-    kinds = args.models.split(",")
-    if args.seeds < 1 or not set(kinds) <= set(RECIPES):
-        parser.error("expected --seeds of 1 or more, and --models of mlp, cnn")
-    shrink = {"growth_epochs": 1} if args.quick else {}
-    recipes = {kind: replace(RECIPES[kind], **shrink) for kind in kinds}
+    if unknown := set(args.models) - set(PLANS):
+        parser.error(f"--models: expected some of {', '.join(PLANS)}, got {', '.join(sorted(unknown))}")
+    plans = {name: PLANS[name] for name in args.models}
     if args.quick:
-        recipes = {kind: replace(recipe, compute=recipe.compute / 20) for kind, recipe in recipes.items()}
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    start = time.perf_counter()
-    runs = run_all(recipes, args.seeds, console)
-    rows = summarise(runs, kinds)
-    results = {
-        "command": " ".join(["python", "examples/digits.py", *sys.argv[1:]]),
-        "seconds": round(time.perf_counter() - start, 1),
-        "versions": {module.__name__: module.__version__ for module in (gk, torch, sklearn, np)},
-        "machine": {"platform": platform.platform(), "python": platform.python_version()},
-        "config": {kind: asdict(recipe) for kind, recipe in recipes.items()},
-        "table": rows,
-        "runs": runs,
-    }
+        plans = {name: replace(plan, compute=plan.compute / 100, every=1) for name, plan in plans.items()}
+    console, start = Console(width=None if sys.stdout.isatty() else 120), time.perf_counter()
+    rows = run_all(plans, range(args.seeds), console)
+    seconds = time.perf_counter() - start
+    lines = summarise(rows)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "digits.json").write_text(json.dumps(results) + "\n")
-    draw(runs, rows, args.out / "digits.png")
-    console.print(table(rows, args.seeds))
-    console.print(f"{results['seconds']:.0f} s; digits.json and digits.png are in {args.out}")
+    facts = {
+        "command": " ".join(["python", *sys.argv]), "seconds": round(seconds, 1), "cores": os.cpu_count(),
+        "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
+        "growkern": gk.__version__, "plans": {name: asdict(plan) for name, plan in plans.items()}, "summary": lines,
+    }  # fmt: skip
+    (args.out / "digits.json").write_text(json.dumps(facts | {"rows": rows}) + "\n")
+    picture(rows, args.out / "digits.png")
+    console.print(table(lines))
+    console.print(f"{seconds:.0f} s; figures in {args.out / 'digits.json'}, picture in {args.out / 'digits.png'}")
 
 
 if __name__ == "__main__":
