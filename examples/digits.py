@@ -7,6 +7,7 @@ network, of its growth steps. Growth sees training images only; the test images 
 """
 
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -97,8 +98,8 @@ def multiply_adds(work):
 
 def cost_per_image(model):
     """Multiply-adds of one forward and backward pass of one image."""
-    cost, _ = multiply_adds(lambda: model(torch.rand(4, 64)).logsumexp(1).sum().backward())
-    model.zero_grad()
+    copied = copy.deepcopy(model)
+    cost, _ = multiply_adds(lambda: copied(torch.zeros(4, 64)).logsumexp(1).sum().backward())
     return cost / 4
 
 
@@ -213,9 +214,8 @@ def summarise(rows):
             key: statistics.mean(row[key] for row in some) for key in ("parameters", "accuracy", "compute", "epochs")
         }
         spread = statistics.stdev(row["accuracy"] for row in some) if len(some) > 1 else 0.0
-        grown = statistics.mean(len(row["events"]) for row in some)
         shapes = ", ".join(dict.fromkeys("-".join(map(str, row["widths"])) for row in some))
-        lines.append({"model": name, "kind": kind, "widths": shapes, **mean, "spread": spread, "growth steps": grown})
+        lines.append({"model": name, "kind": kind, "widths": shapes, **mean, "spread": spread})
     return lines
 
 
