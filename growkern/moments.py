@@ -51,7 +51,7 @@ class Moments:
     null, null_h : Tensor or None
         The same with random signs, (draws, p, r·offsets), and E[s h v⊥ᵀ], (draws, q, r).
     x_mean, x_second : Tensor or None
-        Uniform moments of x, (p,) and (p, p), where a norm lies between (for "linear", `xx` is the second).
+        Uniform moments of x, (p,) and (p, p), where a norm lies between.
     update : Tensor or None
         dW* (r, q), behind `xr` and `null`.
     """

@@ -1,5 +1,6 @@
 """The one table of inputs: correctness tests, registration tests and benchmarks all read it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +25,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(ABC):
     """Arguments of one call of `ops.<op>`."""
 
     op: str
@@ -42,8 +43,9 @@ class Case:
         positional, named = self._draw(_Source(dtype, seed, self.layout, device))
         return tuple(positional), named
 
+    @abstractmethod
     def _draw(self, source: "_Source") -> tuple[list[Any], dict[str, Any]]:
-        raise NotImplementedError
+        """Draw positional and keyword arguments."""
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
