@@ -97,6 +97,8 @@ class Between:
         Mean of the one-sided derivatives at 0 of the activations in sequence.
     smooth : bool
         Whether these derivatives agree.
+    homogeneous : bool
+        Whether σ(c·t) = c·σ(t) for c > 0, as ReLU has it.
     norm : nn.Module or None
         BatchNorm or GroupNorm, ahead of any activation.
     pools : list of Pool
@@ -109,6 +111,7 @@ class Between:
 
     slope: float = 1.0
     smooth: bool = True
+    homogeneous: bool = True
     norm: nn.Module | None = None
     pools: list[Pool] = field(default_factory=list)
     pools_before_norm: int = 0
@@ -156,7 +159,7 @@ def resolve(model: nn.Module, names: Sequence[str]) -> Between:
         elif step == "flatten":
             between.flatten = True
     try:
-        between.slope, between.smooth = _linearise(activations)
+        between.slope, between.smooth, between.homogeneous = _linearise(activations)
     except TypeError as error:
         raise ValueError(f"{', '.join(names)}: {error}") from None
     return between
@@ -227,19 +230,20 @@ def _classify(name: str, settings: dict[str, Any], label: str) -> Any:
     raise ValueError(f"{label} between two layers is not supported")
 
 
-def _linearise(activations: list[Callable[[Tensor], Tensor]]) -> tuple[float, bool]:
-    """Slope at 0 and smoothness of activations in sequence; refuse those that move or flatten 0."""
-    t = torch.tensor([-_STEP, 0.0, _STEP], dtype=torch.float64)
+def _linearise(activations: list[Callable[[Tensor], Tensor]]) -> tuple[float, bool, bool]:
+    """Slope at 0, smoothness and homogeneity of activations in sequence; refuse those that move or flatten 0."""
+    t = torch.tensor([-_STEP, 0.0, _STEP, -1.0, 1.0, -16.0, 16.0], dtype=torch.float64)
     for activation in activations:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             t = activation(t)
-    below, at, above = t.tolist()
+    below, at, above, *ones_and_sixteens = t.tolist()
     if at != 0:
         raise ValueError(f"the activation is {at:.3g} at 0: growing needs σ(0) = 0, or old outputs would change")
     left, right = -below / _STEP, above / _STEP
     if abs(left + right) < _KINK:
         raise ValueError("the activation is flat at 0: no new unit could be seen through it")
-    return (left + right) / 2, abs(right - left) < _KINK
+    homogeneous = [16 * value for value in ones_and_sixteens[:2]] == ones_and_sixteens[2:]
+    return (left + right) / 2, abs(right - left) < _KINK, homogeneous
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growkern.neurons import NewNeurons
+from growkern.neurons import METHODS, NewNeurons
 from growkern.sites import Layers, resolve
 
 
@@ -26,8 +26,10 @@ def apply(
     """Add new neurons to a model, in place: (√γ α, √γ ω) for a scale γ ≥ 0, (√|γ| α, −√|γ| ω) below.
 
     Layers get new, larger Parameters, whose leading entries are the old ones. The optimizer's state grows with
-    them: old entries are kept, new ones are zero. A norm between the layers is born as the identity for the
-    new units in evaluation mode (GroupNorm: on average, as it normalises each sample by itself).
+    them: old entries are kept, new ones are zero. A norm between the layers hands on the new units'
+    pre-activations as they are in evaluation mode (GroupNorm: on average, as it normalises each sample by itself).
+    Because it undoes the scale of a fan-in, new units with one take the mean norm of the existing fan-ins and, where
+    the activation is positively homogeneous, the mean size of the norm's weights; ω makes up for it.
 
     Parameters
     ----------
@@ -120,6 +122,8 @@ def _plan(model: nn.Module, new: NewNeurons, scale: float, update: bool) -> _Pla
     size = math.sqrt(abs(scale))
     alpha, omega = size * new.alpha, math.copysign(size, scale) * new.omega
 
+    if norm is not None:
+        alpha, omega = _plan_norm(plan, layers, new, alpha, omega, size)
     bias = producer.bias is not None
     weight = alpha[:, :-1] if bias else alpha
     fan_in = weight.reshape(-1, *producer.weight.shape[1:])
@@ -140,30 +144,46 @@ def _plan(model: nn.Module, new: NewNeurons, scale: float, update: bool) -> _Pla
     writes = "out_channels" if isinstance(producer, nn.Conv2d) else "out_features"
     reads = "in_channels" if isinstance(consumer, nn.Conv2d) else "in_features"
     plan.attributes += [(producer, writes, units + count), (consumer, reads, plan.tensors[-1][2].shape[1])]
-    if norm is not None:
-        _plan_norm(plan, norm, new, size)
     return plan
 
 
-def _plan_norm(plan: _Plan, norm: Any, new: NewNeurons, size: float) -> None:
+def _plan_norm(
+    plan: _Plan, layers: Layers, new: NewNeurons, alpha: Tensor, omega: Tensor, size: float
+) -> tuple[Tensor, Tensor]:
+    """Plan a norm that undoes itself for new units; return α and ω at the scale of the existing ones."""
     if new.mean is None or new.variance is None:
         raise ValueError(f"new: solved for {new.site.name} without the norm that is there now; measure and solve again")
+    norm: Any = layers.between.norm
     mean, variance = size * new.mean, size**2 * new.variance
+    rows, group = layers.producer.weight.detach().flatten(1), layers.between.multiple
+    born = alpha[:, : rows.shape[1]].norm(dim=1).unflatten(0, (-1, group)).mean(1).repeat_interleave(group)
+    factor = _ratio(rows.norm(dim=1).mean(), born, new)
     if isinstance(norm, nn.GroupNorm):  # which divides by the deviation of a whole group
-        group = norm.num_channels // norm.num_groups
         second = (variance + mean.square()).unflatten(0, (-1, group)).mean(1)
         mean = mean.unflatten(0, (-1, group)).mean(1)
         variance = (second - mean.square()).repeat_interleave(group)
         mean = mean.repeat_interleave(group)
-    undo = (variance.to(norm.weight) + norm.eps).sqrt()
-    plan.tensors += [(norm, "weight", _extended(norm.weight, undo)), (norm, "bias", _extended(norm.bias, mean))]
+    undo = ((factor.square() * variance).to(norm.weight) + norm.eps).sqrt() / factor.to(norm.weight)
+    rest = torch.ones_like(undo)
+    if layers.between.homogeneous:
+        rest = _ratio(norm.weight.detach().abs().mean(), undo, new)
+    plan.tensors += [(norm, "weight", _extended(norm.weight, undo * rest))]
+    plan.tensors += [(norm, "bias", _extended(norm.bias, mean.to(rest) * rest))]
     if isinstance(norm, nn.GroupNorm):
         plan.attributes += [(norm, "num_channels", norm.num_channels + len(new))]
         plan.attributes += [(norm, "num_groups", norm.num_groups + len(new) // group)]
     else:
-        plan.tensors += [(norm, "running_mean", _extended(norm.running_mean, mean))]
-        plan.tensors += [(norm, "running_var", _extended(norm.running_var, variance))]
+        plan.tensors += [(norm, "running_mean", _extended(norm.running_mean, factor * mean))]
+        plan.tensors += [(norm, "running_var", _extended(norm.running_var, factor.square() * variance))]
         plan.attributes += [(norm, "num_features", len(norm.running_mean) + len(new))]
+    return factor[:, None] * alpha, omega / rest.to(omega)
+
+
+def _ratio(existing: Tensor, born: Tensor, new: NewNeurons) -> Tensor:
+    """What brings each new unit to the size of the existing ones; 1 where one side is meant to start at zero."""
+    if METHODS[new.method].starts_at_zero != "neither":
+        return torch.ones_like(born)
+    return torch.where((born > 0) & (existing > 0), existing.to(born) / born, 1.0)
 
 
 def _fan_out(layers: Layers, kernel: str, omega: Tensor, count: int) -> Tensor:

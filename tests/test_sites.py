@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import growkern as gk
 from growkern import GrowthSite
+from growkern.between import resolve as resolve_between
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,6 +162,18 @@ def test_transformer_with_an_activation_that_has_no_name(caplog: pytest.LogCaptu
 )
 def test_functional_activations(call: Callable[[Tensor], Tensor], step: str | None) -> None:
     assert between(call) == [f"a -> {step} -> b" if step else "a -> b"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        *(((), True), (("relu()",), True), (("leaky_relu(negative_slope=0.2)",), True), (("relu()", "relu()"), True)),
+        *((("relu6()",), False), (("hardtanh()",), False), (("gelu()",), False)),
+        *((("relu()", "tanh()"), False), (("max_pool2d(kernel_size=2)", "relu()"), True)),
+    ],
+)
+def test_which_activations_keep_a_scale(steps: tuple[str, ...], expected: bool) -> None:
+    assert resolve_between(nn.Identity(), steps).homogeneous is expected
 
 
 FLATTEN = "flatten(start_dim=1)"

@@ -83,8 +83,45 @@ def test_group_norm_keeps_old_groups() -> None:
     close(outputs[1][:, :6], outputs[0], 1e-12)
     assert (model[1].num_groups, model[1].num_channels) == (5, 10)
     pre = F.conv2d(x, model[0].weight[6:], model[0].bias[6:]).transpose(0, 1).reshape(2, -1)  # two groups of two
-    close(model[1].weight[6:], (pre.var(1, unbiased=False) + model[1].eps).sqrt().repeat_interleave(2))
-    close(model[1].bias[6:], pre.mean(1).repeat_interleave(2))
+    size = model[1].weight[6:] / (pre.var(1, unbiased=False) + model[1].eps).sqrt().repeat_interleave(2)
+    close(model[1].bias[6:], size * pre.mean(1).repeat_interleave(2))
+    fan_in = torch.cat([model[0].weight[6:].flatten(1), model[0].bias[6:, None]], 1)
+    close(model[0].weight[6:].flatten(1).norm(dim=1).mean(), same[0].weight[:6].flatten(1).norm(dim=1).mean())
+    fan_out = consumer_columns(model, 6, new) * size[:, None]
+    close(fan_out[:, :, None] * fan_in[:, None], 0.5 * new.omega.T[:, :, None] * new.alpha[:, None])
+
+
+def consumer_columns(model: nn.Module, units: int, new: gk.NewNeurons) -> Tensor:
+    """Fan-out (K, r·offsets) of the new units in the last layer."""
+    return model[-1].weight.detach()[:, units:].transpose(0, 1).reshape(len(new), -1)
+
+
+@pytest.mark.parametrize("method", ["tiny", "fisher"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_new_units_take_the_scale_of_existing_ones_under_a_norm(activation: type[nn.Module], method: str) -> None:
+    """The fan-in always; the norm's weight where σ(c·t) = c·σ(t). The product with ω is what was solved for."""
+    layers = (nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), activation(), nn.Conv2d(5, 4, 3))
+    model = lively(nn.Sequential(*layers).double())
+    x = torch.randn(40, 3, 9, 8, dtype=F64)
+    x[:, 0, 0, 0] *= 1e-3  # an input that hardly varies
+    (site,) = gk.find_sites(model, x)
+    moments = gk.collect(model, [site], [(x, None)], lambda y, _: y.pow(4).mean(), null_draws=0)
+    new = gk.solve(moments["0"], neurons=3, method=method)
+    before = copy.deepcopy(model)
+    gk.apply(model, new, scale=-0.7)
+    fan_in, norm = model[0].weight[5:].flatten(1), model[1]
+    existing = before[0].weight.flatten(1).norm(dim=1).mean()
+    close(fan_in.norm(dim=1), existing.expand(3))
+    mean_size = before[1].weight.abs().mean()
+    is_at_scale = (norm.weight[5:] - mean_size).abs().max() < 1e-9
+    assert is_at_scale == (activation is nn.ReLU)
+    slope = norm.weight[5:] / (norm.running_var[5:] + norm.eps).sqrt()
+    fan_out = consumer_columns(model, 5, new)
+    if activation is nn.Tanh:
+        close(slope[:, None] * fan_in, 0.7**0.5 * new.alpha)
+        close(fan_out, -(0.7**0.5) * new.omega.T)
+    found = slope[:, None, None] * fan_out[:, :, None] * fan_in[:, None]
+    close(found, -0.7 * new.omega.T[:, :, None] * new.alpha[:, None])
 
 
 def test_group_norm_refuses_part_of_a_group() -> None:
