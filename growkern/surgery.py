@@ -180,7 +180,7 @@ def _plan_norm(
 
 
 def _ratio(existing: Tensor, born: Tensor, new: NewNeurons) -> Tensor:
-    """What brings each new unit to the size of the existing ones; 1 where one side is meant to start at zero."""
+    """Factor from the size of each new unit to that of existing ones; 1 where a side is meant to start at zero."""
     if METHODS[new.method].starts_at_zero != "neither":
         return torch.ones_like(born)
     return torch.where((born > 0) & (existing > 0), existing.to(born) / born, 1.0)
