@@ -13,11 +13,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 setup: $(STAMP)
 
 # torch and torchvision come first and pinned, so that set-up is reproducible.
-$(STAMP): pyproject.toml Makefile
+$(STAMP): pyproject.toml Makefile setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install $(TORCHVISION) --no-deps
-	$(BIN)/pip install setuptools wheel
+	$(BIN)/pip install setuptools wheel ninja pybind11
 	$(BIN)/pip install --no-build-isolation -e .[test,demo]
 	touch $@
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 __all__ = ["available", "define", "register", "result_dtype", "use_backend"]
 
-BACKENDS = ("triton", "cuda", "cpp", "reference")  # "auto" takes the first that an op has
+BACKENDS = ("triton", "cuda", "cpp", "reference")  # "auto" takes the first that an op has for the device
 ACCEPTED = ("auto", *BACKENDS)
+DEVICES = {"triton": ("cuda",), "cuda": ("cuda",), "cpp": ("cpu",)}  # that a backend takes; the reference takes all
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
@@ -140,7 +141,7 @@ def define(op: str, schema: str, shapes: Callable[..., Sequence[Sequence[int]]])
     def implementation(*args: Any) -> tuple[Tensor, ...]:
         shapes(*args)
         with torch.autocast(args[0].device.type, enabled=False):
-            return _in_force(op)(*args)
+            return _in_force(op, args[0].device.type)(*args)
 
     @torch.library.register_fake(f"growkern::{op}")
     def fake(*args: Any) -> tuple[Tensor, ...]:
@@ -148,13 +149,15 @@ def define(op: str, schema: str, shapes: Callable[..., Sequence[Sequence[int]]])
         return tuple(args[0].new_empty(shape, dtype=dtype) for shape in shapes(*args))
 
 
-def _in_force(op: str) -> Callable[..., tuple[Tensor, ...]]:
+def _in_force(op: str, device: str) -> Callable[..., tuple[Tensor, ...]]:
     name = _chosen or os.environ.get("GROWKERN_BACKEND", "auto")
     if name not in ACCEPTED:
         raise ValueError(f"GROWKERN_BACKEND: expected one of {', '.join(ACCEPTED)}, got {name!r}")
     names = available(op)
     if name == "auto":
-        name = names[0]
+        name = next(each for each in names if device in DEVICES.get(each, (device,)))
     elif name not in names:
         raise RuntimeError(f"{op} has no {name} implementation here; available: {', '.join(names)}")
+    elif device not in DEVICES.get(name, (device,)):
+        raise RuntimeError(f"{op}: {name} takes {' or '.join(DEVICES[name])} tensors, got one on {device}")
     return _implementations[op][name]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from growkern.backend import define
+from growkern.ops import native
 from growkern.ops.moments import reference  # noqa: F401  (registers its implementations)
 from growkern.ops.moments.checks import (
     conv2d_moments_shapes,
@@ -17,6 +18,9 @@ from growkern.ops.moments.checks import (
     linear_residual_shapes,
 )
 from growkern.ops.moments.geometry import ConvGeometry
+
+if native.load("cpu"):
+    from growkern.ops.moments import cpp  # noqa: F401
 
 __all__ = ["ConvGeometry", "conv2d_moments", "conv2d_residual", "linear_moments", "linear_residual"]
 

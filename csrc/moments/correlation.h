@@ -1,0 +1,59 @@
+// A moment of two tapped maps as correlations: block (a, b) = Σ_l ω(l) u(l + a) v(l + b)ᵀ.
+//
+// With m = l + a the shift between the two maps is the same for all pairs of taps of one difference, and the
+// weights of m are constant but for a few rows and columns at the border. So every block is a combination of few
+// sums: over all positions m, over one row, over one column, over one position, each at some shift.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "source.h"
+
+namespace growkern {
+
+// coefficient · sum `vector` of group `group`, from this lane on.
+template <class T>
+struct Term {
+  int64_t group, vector, lane;
+  T coefficient;
+};
+
+// The sums over the same positions of u, one for each shift of v.
+struct Group {
+  int64_t row, column;          // −1 stands for all
+  std::vector<int64_t> shifts;  // in positions of the packed map; narrow panels reach the next ones too
+  int64_t first;                // the number of sums in the groups before this one
+};
+
+template <class T>
+struct Moment {
+  Source<T>* u;
+  Source<T>* v;
+  Window u_window, v_window;
+  Weights weights;  // ω of the sample positions
+  bool symmetric;   // u and v are the same, and so are their windows
+  bool u_bias, v_bias;
+  T* out;           // row-major; rows (channel, tap) of u and its bias, columns likewise of v; or null
+  T* null = nullptr;  // the same under each of v's draws of signs, one after the other
+
+  std::vector<Group> groups;
+  int64_t sums = 0;
+  std::vector<std::vector<Term<T>>> terms;  // of each pair of taps; of a symmetric one only a ≤ b
+
+  int64_t rows() const { return u->channels * u_window.count() + u_bias; }
+  int64_t columns() const { return v->channels * v_window.count() + v_bias; }
+  // Draws under which the sums of every image are added up, where v's panels are not repeated.
+  int64_t summed_draws() const { return v->copied ? 0 : v->draws; }
+  T* result(int64_t draw) const { return draw == 0 ? out : null + (draw - 1) * rows() * columns(); }
+  void plan();
+};
+
+// The smallest and largest shift of v against u along one axis.
+Pair shift_range(const Window& u, const Window& v, int axis);
+
+// Multiplications per pair of channels and image, about: by correlation, and by patches.
+double correlation_cost(const Pair& u_size, const Pair& v_size, const Window& u, const Window& v,
+                        const Weights& weights, bool symmetric);
+
+}  // namespace growkern

@@ -1,0 +1,55 @@
+// What the instruction sets have in common: sums of outer products over a walk, and the packing before them.
+#pragma once
+
+#include <cstdint>
+
+namespace growkern {
+
+// A panel holds rows of 64 bytes: that many channels of one position.
+constexpr int64_t kPanelBytes = 64;
+template <class T>
+constexpr int64_t kLanes = kPanelBytes / static_cast<int64_t>(sizeof(T));
+
+enum class Dtype { float16, bfloat16, float32, float64 };
+
+// Positions visited in three nested loops, outermost first; strides in elements.
+struct Walk {
+  int64_t count[3];
+  int64_t a[3];
+  int64_t b[3];
+};
+
+// Channels of one row of positions of a map, wherever they lie.
+struct Row {
+  const void* data;
+  Dtype dtype;
+  int64_t channel_stride, step;  // in elements
+  int64_t channels, length;
+};
+
+template <class T>
+struct Kernels {
+  const char* name;
+  // For each of `vectors` panel rows b[k] + shift: acc[k][i][:] += Σ over the walk of a[i]·b[k][:], for i < rows.
+  // acc[k] is kLanes×kLanes. Every call starts its own sums and adds them to acc, so that no chain of roundings
+  // is longer than the walk.
+  void (*multiply)(const Walk&, const T* a, int64_t rows, const T* const* b, int64_t shift, int64_t vectors, T* acc);
+  // out[x·stride + c] = row[c, x]
+  void (*pack)(const Row&, T* out, int64_t stride);
+};
+
+// Those in use: the fastest that this processor runs, unless others were chosen.
+template <class T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>();
+template <>
+const Kernels<double>& kernels<double>();
+
+// Chooses by name, or the fastest for a null pointer; false where this processor does not run it.
+bool choose(const char* name);
+
+extern const Kernels<float> portable_float, avx2_float, avx512_float;
+extern const Kernels<double> portable_double, avx2_double, avx512_double;
+
+}  // namespace growkern

@@ -1,0 +1,150 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace growkern {
+namespace {
+
+// What gathering patches costs beside multiplying them, about.
+constexpr double kGather = 1.3;
+
+bool all_ones(const Weights& weights) {
+  return std::all_of(weights.begin(), weights.end(), [](const std::vector<double>& axis) {
+    return std::all_of(axis.begin(), axis.end(), [](double weight) { return weight == 1; });
+  });
+}
+
+}  // namespace
+
+Weights constant(const Pair& size, double value) {
+  return {std::vector<double>(size[0], value), std::vector<double>(size[1], value)};
+}
+
+template <class T>
+Source<T>* Planner<T>::whole(int map) {
+  if (whole_[map] == nullptr) {
+    Source<T> source;
+    source.map = maps_[map];
+    source.size = maps_[map].size;
+    source.channels = maps_[map].channels;
+    batch_.sources.push_back(std::make_unique<Source<T>>(std::move(source)));
+    whole_[map] = batch_.sources.back().get();
+  }
+  return whole_[map];
+}
+
+template <class T>
+Source<T>* Planner<T>::patches(int map, const Window& window, const Weights& weights, const Pair& size) {
+  const bool weighted = !all_ones(weights);
+  for (auto& known : batch_.sources)
+    if (known->patches && known->map == maps_[map] && known->window == window && known->size == size &&
+        known->weights == (weighted ? weights : Weights{}))
+      return known.get();
+  Source<T> source;
+  source.map = maps_[map];
+  source.patches = true;
+  source.window = window;
+  if (weighted) source.weights = weights;
+  source.size = source.pitch = size;
+  source.channels = maps_[map].channels * window.count();
+  batch_.sources.push_back(std::make_unique<Source<T>>(std::move(source)));
+  return batch_.sources.back().get();
+}
+
+template <class T>
+Moment<T>& Planner<T>::add(int u, const Window& u_window, bool u_bias, int v, const Window& v_window, bool v_bias,
+                           const Weights& weights, T* out) {
+  Moment<T> moment;
+  moment.weights = weights;
+  moment.symmetric = u == v && u_window == v_window;
+  moment.u_bias = u_bias;
+  moment.v_bias = v_bias;
+  moment.out = out;
+  const Pair size{static_cast<int64_t>(weights[0].size()), static_cast<int64_t>(weights[1].size())};
+  const Pair &u_size = maps_[u].size, &v_size = maps_[v].size;
+  const double gathered = (moment.symmetric ? 0.5 : 1) * kGather * static_cast<double>(size[0] * size[1]) *
+                          static_cast<double>(u_window.count() * v_window.count());
+  if (u_window.dense() && v_window.dense() &&
+      correlation_cost(u_size, v_size, u_window, v_window, weights, moment.symmetric) <= gathered) {
+    moment.u = whole(u);
+    moment.v = whole(v);
+    moment.u_window = u_window;
+    moment.v_window = v_window;
+    for (int axis : {0, 1}) {
+      // Zeros enough that no shift reaches from one row or image into the next.
+      const Pair shifts = shift_range(u_window, v_window, axis);
+      pitch_[axis] =
+          std::max({pitch_[axis], u_size[axis], v_size[axis], v_size[axis] - shifts[0], u_size[axis] + shifts[1]});
+    }
+  } else {
+    moment.u = patches(u, u_window, weights, size);
+    moment.v = patches(v, v_window, constant(size, 1), size);
+  }
+  batch_.moments.push_back(std::move(moment));
+  return batch_.moments.back();
+}
+
+template <class T>
+void Planner<T>::set_signs(const T* signs, int64_t draws) {
+  signs_ = signs;
+  draws_ = draws;
+}
+
+template <class T>
+void Planner<T>::run() {
+  for (Moment<T>& moment : batch_.moments) {
+    if (!(moment.v->map == maps_[2])) continue;
+    moment.v->signs = signs_;
+    moment.v->draws = draws_;
+    // The row of a matrix is not worth its own sums.
+    moment.v->copied = draws_ > 0 && maps_[0].size == Pair{1, 1} && pitch_ == Pair{1, 1} && !moment.v->patches;
+  }
+  for (Source<T>* source : whole_)
+    if (source != nullptr) source->pitch = pitch_;
+  batch_.run();
+}
+
+template class Planner<float>;
+template class Planner<double>;
+
+ConvWindows::ConvWindows(const Geometry& producer, const Geometry& consumer, bool full, const Pair& hidden,
+                         const Pair& outputs)
+    : ones(constant(outputs, 1)) {
+  x.taps = producer.kernel;
+  x.step = producer.dilation;
+  h.taps = consumer.kernel;
+  h.step = consumer.dilation;
+  h.stride = consumer.stride;
+  for (int axis : {0, 1}) {
+    h.offset[axis] = -consumer.padding[axis];
+    if (full) {
+      x.stride[axis] = producer.stride[axis];
+      x.offset[axis] = -producer.padding[axis];
+      // Tap t at output o reads hidden position i: o = (i + padding − dilation·t) / stride.
+      target.taps[axis] = consumer.kernel[axis];
+      target.offset[axis] = consumer.padding[axis];
+      target.step[axis] = -consumer.dilation[axis];
+      target.divisor[axis] = consumer.stride[axis];
+      xv[axis].assign(hidden[axis], 1);
+      xx[axis].assign(hidden[axis], 0);
+      for (int64_t output = 0; output < outputs[axis]; ++output) {
+        for (int64_t tap = 0; tap < consumer.kernel[axis]; ++tap) {
+          const int64_t position = h.position(axis, output, tap);
+          if (position >= 0 && position < hidden[axis]) ++xx[axis][position];
+        }
+      }
+    } else {
+      const int64_t centre = consumer.dilation[axis] * (consumer.kernel[axis] / 2) - consumer.padding[axis];
+      x.stride[axis] = producer.stride[axis] * consumer.stride[axis];
+      x.offset[axis] = producer.stride[axis] * centre - producer.padding[axis];
+      xx[axis].assign(outputs[axis], 0);
+      for (int64_t output = 0; output < outputs[axis]; ++output) {
+        const int64_t position = consumer.stride[axis] * output + centre;
+        if (position >= 0 && position < hidden[axis]) xx[axis][output] = 1;
+      }
+      xv[axis] = xx[axis];
+    }
+  }
+}
+
+}  // namespace growkern

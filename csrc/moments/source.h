@@ -1,0 +1,89 @@
+// Maps as the kernels read them: packed into panels, zeros around every image.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace growkern {
+
+using Pair = std::array<int64_t, 2>;  // rows, columns
+
+// Runs body(0) … body(n − 1) on torch's threads, in no fixed order.
+void parallel(int64_t n, const std::function<void(int64_t)>& body);
+
+// A tensor (images, channels, rows, columns) in its own memory.
+struct Map {
+  const void* data;
+  Dtype dtype;
+  int64_t images, channels;
+  Pair size;
+  std::array<int64_t, 4> stride;  // in elements
+
+  bool operator==(const Map&) const = default;
+};
+
+// At sample position l, tap a reads (stride·l + offset + step·a) / divisor, where that is whole and inside the map.
+struct Window {
+  Pair taps{1, 1}, offset{0, 0}, step{1, 1}, stride{1, 1}, divisor{1, 1};
+
+  int64_t count() const { return taps[0] * taps[1]; }
+  int64_t position(int axis, int64_t sample, int64_t tap) const {
+    const int64_t scaled = stride[axis] * sample + offset[axis] + step[axis] * tap;
+    return scaled >= 0 && scaled % divisor[axis] == 0 ? scaled / divisor[axis] : -1;
+  }
+  // Whether shifts of the map reach everything that it reads.
+  bool dense() const { return stride == Pair{1, 1} && divisor == Pair{1, 1}; }
+  bool operator==(const Window&) const = default;
+};
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> allocate(int64_t elements);
+
+// Weights of sample positions, one factor per row and one per column.
+using Weights = std::array<std::vector<double>, 2>;
+
+// A map, or its patches (im2col), as panels [block][image][row][column][channel of the block].
+template <class T>
+struct Source {
+  Map map;
+  bool patches = false;      // the channels are then features (channel, tap row, tap column) of the window
+  Window window;             // of the patches
+  Weights weights;           // of the patches; empty for ones
+  Pair size{};               // positions: of the map, or the sample positions of the patches
+  Pair pitch{};              // positions from row to row and from image to image, zeros included
+  int64_t channels = 0;
+  bool summed = false;       // whether `sums` is wanted
+  const T* signs = nullptr;  // (draws, images)
+  int64_t draws = 0;
+  bool copied = false;       // whether the panels are repeated under each draw, or only `sums` are
+
+  int64_t width = 0;         // channels of a block, the distance between columns
+  int64_t channel_blocks = 0;  // without the repetitions under draws
+  int64_t blocks = 0, block_elements = 0;
+  Buffer<T> memory;
+  T* panels = nullptr;       // of block 0, image 0, position (0, 0)
+  std::vector<double> sums;  // over images: [draw, 0 for none][channel block][row][column][channel]
+
+  int64_t image_elements() const { return pitch[0] * pitch[1] * width; }
+  int64_t channels_of(int64_t block) const { return std::min(width, channels - block % channel_blocks * width); }
+  void lay_out();
+  // Room for `images` at once, and zeros for shifts that reach up to `reach` positions before the first.
+  void reserve(int64_t images, int64_t reach);
+  void pack(int64_t first, int64_t count);
+  void add_sums(int64_t first, int64_t count);
+};
+
+}  // namespace growkern

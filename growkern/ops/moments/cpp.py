@@ -1,0 +1,103 @@
+"""Second moments by the kernels of csrc/moments, on CPU tensors."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from growkern.backend import register, result_dtype
+from growkern.ops.moments.geometry import ConvGeometry
+from growkern.ops.moments.reference import _matmul_precision
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
+
+native = torch.ops.growkern_cpu
+
+
+@register("linear_moments", "cpp")
+def linear_moments(x: Tensor, h: Tensor, v: Tensor, x_bias: bool, h_bias: bool, precision: str) -> Six:
+    """Sum the joint second moment of x, h and v, each pair of columns once."""
+    return native.linear_moments(x, h, v, x_bias, h_bias)
+
+
+@register("conv2d_moments", "cpp")
+def conv2d_moments(
+    x: Tensor,
+    h: Tensor,
+    v: Tensor,
+    producer: list[int],
+    consumer: list[int],
+    kernel: str,
+    x_bias: bool,
+    h_bias: bool,
+    precision: str,
+) -> Six:
+    """Sum the six moments as correlations at stride 1, and from patches gathered in cache otherwise."""
+    return native.conv2d_moments(x, h, v, producer, consumer, kernel == "full", x_bias, h_bias)
+
+
+@register("linear_residual", "cpp")
+def linear_residual(
+    x: Tensor,
+    h: Tensor,
+    v: Tensor,
+    update: Tensor,
+    signs: Tensor | None,
+    x_bias: bool,
+    h_bias: bool,
+    precision: str,
+) -> Three:
+    """Form v⊥ by one matrix product, then sum all draws in one read of x and v⊥."""
+    dtype = result_dtype(x.dtype)
+    update = update.to(dtype)
+    weight, bias = (update[:, :-1], update[:, -1]) if h_bias else (update, update.new_zeros(len(update)))
+    with _matmul_precision(x.device, precision):
+        residual = torch.addmm(v.to(dtype) - bias, h.to(dtype), weight.T, alpha=-1)
+    return native.linear_residual(x, h, residual.to(dtype), _draws(signs, x), x_bias, h_bias)
+
+
+@register("conv2d_residual", "cpp")
+def conv2d_residual(
+    x: Tensor,
+    h: Tensor,
+    v: Tensor,
+    update: Tensor,
+    producer: list[int],
+    consumer: list[int],
+    kernel: str,
+    signs: Tensor | None,
+    x_bias: bool,
+    h_bias: bool,
+    precision: str,
+) -> Three:
+    """Form v⊥ by one convolution, then sum each image once and add it up under all draws."""
+    residual = _convolution_residual(h, v, update, ConvGeometry.unpack(consumer), h_bias)
+    return native.conv2d_residual(
+        x, h, residual, _draws(signs, x), producer, consumer, kernel == "full", x_bias, h_bias
+    )
+
+
+def _convolution_residual(h: Tensor, v: Tensor, update: Tensor, consumer: ConvGeometry, bias: bool) -> Tensor:
+    """v − update·h, in the dtype of the results."""
+    dtype = result_dtype(h.dtype)
+    update = update.to(dtype)
+    features = h.shape[1] * consumer.taps
+    residual = v.to(dtype) - update[:, features:].unflatten(1, (-1, 1, 1)).sum(1) if bias else v.to(dtype)
+    if not residual.numel() or not features:
+        return residual
+    extra = [int(v.shape[2 + axis] > consumer.output_length(axis, h.shape[2 + axis])) for axis in (0, 1)]
+    h = F.pad(h.to(dtype), (0, extra[1], 0, extra[0])) if any(extra) else h.to(dtype)
+    weight = update[:, :features].unflatten(1, (-1, *consumer.kernel_size))
+    settings = torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        read = F.conv2d(h, weight, None, consumer.stride, consumer.padding, consumer.dilation)
+    finally:
+        settings.fp32_precision = before
+    return residual - read[..., : v.shape[2], : v.shape[3]]
+
+
+def _draws(signs: Tensor | None, x: Tensor) -> Tensor:
+    dtype = result_dtype(x.dtype)
+    return x.new_empty(0, len(x), dtype=dtype) if signs is None else signs.to(dtype).contiguous()
