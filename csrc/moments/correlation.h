@@ -43,6 +43,7 @@ struct Moment {
 
   int64_t rows() const { return u->channels * u_window.count() + u_bias; }
   int64_t columns() const { return v->channels * v_window.count() + v_bias; }
+  bool upper() const { return symmetric && u_window.count() == 1; }
   // Draws under which the sums of every image are added up, where v's panels are not repeated.
   int64_t summed_draws() const { return v->copied ? 0 : v->draws; }
   T* result(int64_t draw) const { return draw == 0 ? out : null + (draw - 1) * rows() * columns(); }

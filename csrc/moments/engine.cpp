@@ -3,41 +3,27 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace growkern {
 namespace {
 
-// Memory for panels at one time beyond that of the sums: a share of the last-level cache, and little to fault in.
-constexpr int64_t kPanelBudget = 16 << 20;
+// Memory for panels at one time beyond a share of that of the sums: little to fault in.
+constexpr int64_t kPanelBytes = 16 << 20;
+// The same where every part of the batch has panels of its own, in the L2 cache.
+constexpr int64_t kPartPanelBytes = 512 << 10;
+// Memory for the sums of all parts, and multiplications for which another part pays: the first few, and more.
+constexpr int64_t kPartSumBytes = 16 << 20;
+constexpr double kPartWork = 2 << 20, kLargePartWork = 64 << 20;
+constexpr int64_t kFewParts = 8, kMostParts = 64;
 // Rows of a panel multiplied at once: two panels stay in the L2 cache while border sums revisit them.
 constexpr int64_t kGroupRows = 4096;
 // Longest chain of additions in a register: rounding grows with its length.
 constexpr int64_t kChain = 256;
 // Sums per item: enough that panels are read from memory seldom.
 constexpr double kItemSums = 64;
-// Items in all, at least: enough for any number of threads, and independent of it so that results are too.
-constexpr double kItems = 48;
-
-// Some blocks of u by some blocks of v over a part of the images.
-template <class T>
-struct Item {
-  Moment<T>* moment;
-  int64_t u0, u1, v0, v1;
-  int64_t part, parts;
-  double cost;
-  T* sums;  // [draw, 0 for none][block of u][group][block of v][shift][kLanes][kLanes]
-
-  int64_t draw_elements() const {
-    return (u1 - u0) * (v1 - v0) * moment->sums * kLanes<T> * kLanes<T>;
-  }
-  int64_t elements() const { return draw_elements() * (1 + moment->summed_draws()); }
-  // Of one sum, from that of the first block of u.
-  int64_t offset(int64_t u, int64_t v, const Group& group, int64_t vector) const {
-    const int64_t shifts = static_cast<int64_t>(group.shifts.size());
-    const int64_t before = ((u - u0) * moment->sums + group.first) * (v1 - v0);
-    return (before + (v - v0) * shifts + vector) * kLanes<T> * kLanes<T>;
-  }
-};
+// Items of the whole batch, about: enough for any number of threads, and no function of it so that results are none.
+constexpr double kItems = 24;
 
 // The longest loop innermost, and loops over adjacent memory made one.
 Walk compact(Walk walk) {
@@ -60,12 +46,14 @@ Walk compact(Walk walk) {
 
 // Adds the sums of one group over `count` images to those of an item.
 template <class T>
-void multiply_group(const Item<T>& item, const Group& group, int64_t first, int64_t count, T* sums,
-                    std::vector<const T*>& right) {
+void multiply_group(const Item<T>& item, const Group& group, const std::vector<Panels<T>>& panels, int64_t first,
+                    int64_t count, T* sums, std::vector<const T*>& right) {
   const Source<T>&u = *item.moment->u, &v = *item.moment->v;
+  const Panels<T>&u_panels = panels[u.index], &v_panels = panels[v.index];
   right.clear();
   for (int64_t block = item.v0; block < item.v1; ++block)
-    for (int64_t shift : group.shifts) right.push_back(v.panels + block * v.block_elements + shift * v.width);
+    for (int64_t shift : group.shifts)
+      right.push_back(v_panels.first + block * v_panels.block_elements + shift * v.width);
   const int64_t rows = group.row < 0 ? u.size[0] : 1, columns = group.column < 0 ? u.size[1] : 1;
   const int64_t row0 = std::max<int64_t>(group.row, 0), column0 = std::max<int64_t>(group.column, 0);
   const int64_t image_step = std::max<int64_t>(1, kChain / (rows * columns));
@@ -78,9 +66,12 @@ void multiply_group(const Item<T>& item, const Group& group, int64_t first, int6
                                  {u.image_elements(), u.pitch[1] * u.width, u.width},
                                  {v.image_elements(), v.pitch[1] * v.width, v.width}});
       for (int64_t block = item.u0; block < item.u1; ++block) {
-        kernels<T>().multiply(walk, u.panels + block * u.block_elements + start * u.width, u.channels_of(block),
-                              right.data(), start * v.width, static_cast<int64_t>(right.size()),
-                              sums + item.offset(block, item.v0, group, 0));
+        // Of a symmetric moment of single taps, the blocks below the diagonal are not needed.
+        const int64_t v0 = item.moment->upper() ? std::max(item.v0, block) : item.v0;
+        const int64_t skipped = (v0 - item.v0) * static_cast<int64_t>(group.shifts.size());
+        kernels<T>().multiply(walk, u_panels.first + block * u_panels.block_elements + start * u.width,
+                              u.channels_of(block), right.data() + skipped, start * v.width,
+                              static_cast<int64_t>(right.size()) - skipped, sums + item.offset(block, v0, group, 0));
       }
     }
   }
@@ -88,35 +79,34 @@ void multiply_group(const Item<T>& item, const Group& group, int64_t first, int6
 
 // Adds the sums of `count` packed images, of which the first is number `number` of the batch.
 template <class T>
-void multiply_item(const Item<T>& item, int64_t number, int64_t count) {
+void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t number, int64_t count, T* sums) {
   const Moment<T>& moment = *item.moment;
   const int64_t begin = count * item.part / item.parts, end = count * (item.part + 1) / item.parts;
-  const int64_t positions = moment.u->pitch[0] * moment.u->pitch[1];
-  const int64_t draws = moment.summed_draws();
+  const int64_t positions = moment.u->pitch[0] * moment.u->pitch[1], draws = moment.summed_draws();
   const int64_t step = draws > 0 ? 1 : std::max<int64_t>(1, kGroupRows / positions);
   std::vector<const T*> right;
   std::vector<T> image_sums(draws > 0 ? item.draw_elements() : 0);
   for (int64_t image = begin; image < end; image += step) {
-    T* sums = item.sums;
+    T* target = sums + item.start;
     if (draws > 0) {
       std::fill(image_sums.begin(), image_sums.end(), T{0});
-      sums = image_sums.data();
+      target = image_sums.data();
     }
     for (const Group& group : moment.groups)
-      multiply_group(item, group, image, std::min(step, end - image), sums, right);
+      multiply_group(item, group, panels, image, std::min(step, end - image), target, right);
     if (draws == 0) continue;
     for (int64_t draw = 0; draw <= draws; ++draw) {
       const T sign = draw == 0 ? T{1} : moment.v->signs[(draw - 1) * moment.v->map.images + number + image];
-      T* total = item.sums + draw * item.draw_elements();
+      T* total = sums + item.start + draw * item.draw_elements();
       for (size_t i = 0; i < image_sums.size(); ++i) total[i] += sign * image_sums[i];
     }
   }
 }
 
+// Tiles of blocks of all moments.
 template <class T>
-std::vector<Item<T>> split(std::vector<Moment<T>>& moments, int64_t images) {
-  std::vector<Item<T>> whole;
-  double total = 0;
+std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
+  std::vector<Item<T>> items;
   for (Moment<T>& moment : moments) {
     if (moment.groups.empty()) continue;
     const Source<T>&u = *moment.u, &v = *moment.v;
@@ -129,29 +119,50 @@ std::vector<Item<T>> split(std::vector<Moment<T>>& moments, int64_t images) {
         moment.groups.begin(), moment.groups.end(),
         [](const Group& a, const Group& b) { return a.shifts.size() < b.shifts.size(); })->shifts.size());
     const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(kItemSums / main_shifts)));
-    const bool upper = moment.symmetric && moment.u_window.count() == 1;
     for (int64_t u0 = 0; u0 < u.blocks; u0 += side) {
-      for (int64_t v0 = upper ? u0 : 0; v0 < v.blocks; v0 += side) {
-        Item<T> item{&moment, u0, std::min(u0 + side, u.blocks), v0, std::min(v0 + side, v.blocks), 0, 1, 0, nullptr};
+      for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += side) {
+        Item<T> item{&moment, u0, std::min(u0 + side, u.blocks), v0, std::min(v0 + side, v.blocks), 0, 1, 0, 0};
         item.cost = work * static_cast<double>((item.u1 - u0) * (item.v1 - v0));
-        total += item.cost;
-        whole.push_back(item);
+        items.push_back(item);
       }
     }
   }
+  return items;
+}
+
+template <class T>
+double total_cost(const std::vector<Item<T>>& items) {
+  double total = 0;
+  for (const Item<T>& item : items) total += item.cost;
+  return total;
+}
+
+// Splits expensive items by images.
+template <class T>
+std::vector<Item<T>> divide(const std::vector<Item<T>>& whole, int64_t images) {
+  const double total = total_cost(whole);
   std::vector<Item<T>> items;
-  for (Item<T>& item : whole) {
-    const auto parts = static_cast<int64_t>(std::ceil(item.cost * kItems / total / 2));
-    item.parts = std::clamp<int64_t>(parts, 1, images);
+  for (Item<T> item : whole) {
+    item.parts = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(item.cost * kItems / total)), 1, images);
     item.cost /= static_cast<double>(item.parts);
     for (item.part = 0; item.part < item.parts; ++item.part) items.push_back(item);
   }
   return items;
 }
 
+template <class T>
+int64_t place(std::vector<Item<T>>& items) {
+  int64_t elements = 0;
+  for (Item<T>& item : items) {
+    item.start = elements;
+    elements += item.elements();
+  }
+  return elements;
+}
+
 // Writes rows × columns of a pair of taps: out[i·row_step + j·column_step] = Σ over terms and parts.
 template <class T>
-void emit(const Moment<T>& moment, const Item<T>* item, int64_t u, int64_t v, int64_t draw,
+void emit(const Moment<T>& moment, const Item<T>* item, const T* sums, int64_t u, int64_t v, int64_t draw,
           const std::vector<Term<T>>& terms, T* out, int64_t row_step, int64_t column_step) {
   const int64_t rows = moment.u->channels_of(u), columns = moment.v->channels_of(v);
   for (int64_t i = 0; i < rows; ++i) {
@@ -159,7 +170,7 @@ void emit(const Moment<T>& moment, const Item<T>* item, int64_t u, int64_t v, in
     for (const Term<T>& term : terms) {
       const int64_t offset = item->offset(u, v, moment.groups[term.group], term.vector) +
                              draw * item->draw_elements() + i * kLanes<T> + term.lane;
-      for (int64_t j = 0; j < columns; ++j) values[j] += term.coefficient * item->sums[offset + j];
+      for (int64_t j = 0; j < columns; ++j) values[j] += term.coefficient * sums[item->start + offset + j];
     }
     for (int64_t j = 0; j < columns; ++j) out[i * row_step + j * column_step] = values[j];
   }
@@ -167,7 +178,8 @@ void emit(const Moment<T>& moment, const Item<T>* item, int64_t u, int64_t v, in
 
 // Writes all pairs of taps of block u by block v. `holder` finds the item that has the sums of two blocks.
 template <class T, class Holder>
-void assemble(const Moment<T>& moment, int64_t summed_draw, int64_t u, int64_t v, const Holder& holder) {
+void assemble(const Moment<T>& moment, const T* sums, int64_t summed_draw, int64_t u, int64_t v,
+              const Holder& holder) {
   const int64_t taps_u = moment.u_window.count(), taps_v = moment.v_window.count();
   const int64_t stride = moment.columns(), width_u = moment.u->width, width_v = moment.v->width;
   const int64_t block = v % moment.v->channel_blocks;
@@ -177,9 +189,9 @@ void assemble(const Moment<T>& moment, int64_t summed_draw, int64_t u, int64_t v
     for (int64_t b = 0; b < taps_v; ++b) {
       T* corner = out + (u * width_u * taps_u + a) * stride + block * width_v * taps_v + b;
       if (moment.symmetric && (a > b || (a == b && u > v))) {
-        emit(moment, holder(v, u), v, u, summed_draw, moment.terms[b * taps_v + a], corner, taps_v, stride * taps_u);
+        emit(moment, holder(v, u), sums, v, u, summed_draw, moment.terms[b * taps_v + a], corner, taps_v, stride * taps_u);
       } else {
-        emit(moment, holder(u, v), u, v, summed_draw, moment.terms[a * taps_v + b], corner, stride * taps_u, taps_v);
+        emit(moment, holder(u, v), sums, u, v, summed_draw, moment.terms[a * taps_v + b], corner, stride * taps_u, taps_v);
       }
       if (moment.symmetric && a == b && u == v) {
         const int64_t channels = moment.u->channels_of(u);
@@ -193,10 +205,10 @@ void assemble(const Moment<T>& moment, int64_t summed_draw, int64_t u, int64_t v
 
 // Σ_l ω(l) times what each tap of a source reads at l, for one draw: entry (channel, tap) goes to out[… · step].
 template <class T>
-void write_sums(const Source<T>& source, const Window& window, const Weights& weights, int64_t draw, T* out,
-                int64_t step) {
+void write_sums(const Source<T>& source, const Panels<T>& panels, const Window& window, const Weights& weights,
+                int64_t draw, T* out, int64_t step) {
   const int64_t taps = window.count(), elements = source.size[0] * source.size[1] * source.width;
-  const double* sums = source.sums.data() + draw * source.channel_blocks * elements;
+  const double* sums = panels.sums.data() + draw * source.channel_blocks * elements;
   for (int64_t tap = 0; tap < taps; ++tap) {
     std::vector<std::vector<std::pair<int64_t, double>>> read(2);  // positions and their weights
     for (int axis : {0, 1}) {
@@ -217,19 +229,20 @@ void write_sums(const Source<T>& source, const Window& window, const Weights& we
 }
 
 template <class T>
-void write_bias(const Moment<T>& moment, int64_t images) {
+void write_bias(const Moment<T>& moment, const std::vector<Panels<T>>& panels, int64_t images) {
   const int64_t rows = moment.rows(), columns = moment.columns();
   for (int64_t draw = 0; draw <= moment.v->draws; ++draw) {
     T* out = moment.result(draw);
     if (out == nullptr) continue;
     if (moment.u_bias)
-      write_sums(*moment.v, moment.v_window, moment.weights, draw, out + (rows - 1) * columns, 1);
+      write_sums(*moment.v, panels[moment.v->index], moment.v_window, moment.weights, draw,
+                 out + (rows - 1) * columns, 1);
     // Patches of u carry their weights already.
     if (moment.v_bias) {
       Weights ones = moment.weights;
       if (!moment.u->weights[0].empty())
         for (auto& axis : ones) std::fill(axis.begin(), axis.end(), 1.0);
-      write_sums(*moment.u, moment.u_window, ones, draw, out + columns - 1, columns);
+      write_sums(*moment.u, panels[moment.u->index], moment.u_window, ones, draw, out + columns - 1, columns);
     }
     if (moment.u_bias && moment.v_bias) {
       double total[2] = {0, 0};
@@ -240,78 +253,109 @@ void write_bias(const Moment<T>& moment, int64_t images) {
   }
 }
 
+void each(bool alone, int64_t n, const std::function<void(int64_t)>& body) {
+  if (!alone) return parallel(n, body);
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+template <class T>
+Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t image_bytes) {
+  Schedule<T> plan;
+  plan.items = split(moments);
+  plan.sum_elements = place(plan.items);
+  const int64_t bytes = plan.sum_elements * static_cast<int64_t>(sizeof(T));
+  const double work = total_cost(plan.items) * static_cast<double>(images * kLanes<T> * kLanes<T>);
+  const auto few = std::clamp<int64_t>(static_cast<int64_t>(work / kPartWork), 1, kFewParts);
+  const auto wanted = std::clamp<int64_t>(static_cast<int64_t>(work / kLargePartWork), few, kMostParts);
+  const int64_t possible = std::min(images, kPartSumBytes / (bytes + 1));
+  plan.parts = possible >= few ? std::min(wanted, possible) : 1;
+  int64_t budget = kPartPanelBytes;
+  if (plan.parts < few) {
+    budget = kPanelBytes + bytes / 2;
+    plan.items = divide(plan.items, images);
+    plan.sum_elements = place(plan.items);
+  }
+  plan.images_at_once = std::clamp<int64_t>(budget / image_bytes, 1, (images + plan.parts - 1) / plan.parts);
+  plan.order.resize(plan.items.size());
+  std::iota(plan.order.begin(), plan.order.end(), size_t{0});
+  std::stable_sort(plan.order.begin(), plan.order.end(),
+                   [&](size_t a, size_t b) { return plan.items[a].cost > plan.items[b].cost; });
+  return plan;
+}
+
 }  // namespace
 
 template <class T>
+void Batch<T>::sum_part(const Schedule<T>& plan, int64_t part, int64_t reach, std::vector<Panels<T>>& panels, T* sums) {
+  const bool alone = plan.parts > 1;
+  const int64_t begin = images * part / plan.parts, end = images * (part + 1) / plan.parts;
+  for (const auto& source : sources) panels.push_back(source->reserve(plan.images_at_once, reach));
+  if (begin == end) std::memset(sums, 0, plan.sum_elements * sizeof(T));
+  for (int64_t first = begin; first < end; first += plan.images_at_once) {
+    const int64_t count = std::min(plan.images_at_once, end - first);
+    for (const auto& source : sources) {
+      Panels<T>& own = panels[source->index];
+      each(alone, source->pack_tasks(count), [&](int64_t task) { source->pack(own, first, count, task); });
+      each(alone, source->sum_tasks(), [&](int64_t task) { source->add_sums(own, first, count, task); });
+    }
+    each(alone, static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
+      const Item<T>& item = plan.items[plan.order[i]];
+      if (first == begin) std::memset(sums + item.start, 0, item.elements() * sizeof(T));
+      multiply_item(item, panels, first, count, sums);
+    });
+  }
+}
+
+template <class T>
 void Batch<T>::run() {
-  for (auto& source : sources) source->lay_out();
+  int64_t image_bytes = 1, reach = 0;
+  for (auto& source : sources) {
+    source->lay_out();
+    source->index = &source - sources.data();
+    image_bytes += source->blocks * source->pitch[0] * source->pitch[1] * source->width * sizeof(T);
+  }
   for (Moment<T>& moment : moments) {
     moment.plan();
     moment.v->summed |= moment.u_bias;
     moment.u->summed |= moment.v_bias;
-  }
-  if (images == 0) {
-    for (const Moment<T>& moment : moments) {
-      const int64_t elements = moment.rows() * moment.columns();
-      for (int64_t draw = 0; draw <= moment.v->draws; ++draw)
-        if (T* out = moment.result(draw)) std::fill(out, out + elements, T{0});
-    }
-    return;
-  }
-  int64_t image_bytes = 1, reach = 0;
-  for (auto& source : sources)
-    image_bytes += source->blocks * source->image_elements() * static_cast<int64_t>(sizeof(T));
-  for (Moment<T>& moment : moments)
     for (const Group& group : moment.groups)
       for (int64_t shift : group.shifts) reach = std::max(reach, std::abs(shift));
-
-  std::vector<Item<T>> items = split(moments, images);
-  int64_t elements = 0;
-  for (const Item<T>& item : items) elements += item.elements();
-  const Buffer<T> sums = allocate<T>(elements);
-  T* next = sums.get();
-  for (Item<T>& item : items) {
-    item.sums = next;
-    next += item.elements();
   }
-  std::vector<size_t> order(items.size());  // the most expensive first, so that threads end together
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return items[a].cost > items[b].cost; });
-
-  const int64_t budget = kPanelBudget + elements * static_cast<int64_t>(sizeof(T)) / 2;
-  const int64_t step = std::clamp<int64_t>(budget / image_bytes, 1, images);
-  for (auto& source : sources) source->reserve(step, reach);
-  for (int64_t first = 0; first < images; first += step) {
-    const int64_t count = std::min(step, images - first);
-    for (auto& source : sources) {
-      source->pack(first, count);
-      if (source->summed) source->add_sums(first, count);
-    }
-    parallel(static_cast<int64_t>(items.size()), [&](int64_t i) {
-      const Item<T>& item = items[order[i]];
-      if (first == 0) std::memset(item.sums, 0, item.elements() * sizeof(T));
-      multiply_item(item, first, count);
-    });
-  }
-
-  parallel(static_cast<int64_t>(items.size()), [&](int64_t i) {
-    if (items[i].part != 0) return;
-    for (int64_t part = 1; part < items[i].parts; ++part)
-      for (int64_t k = 0; k < items[i].elements(); ++k) items[i].sums[k] += items[i + part].sums[k];
+  Schedule<T> plan = schedule(moments, std::max<int64_t>(images, 1), image_bytes);
+  const Buffer<T> sums = allocate<T>(plan.parts * plan.sum_elements);
+  std::vector<std::vector<Panels<T>>> panels(plan.parts);
+  each(plan.parts == 1, plan.parts, [&](int64_t part) {
+    sum_part(plan, part, reach, panels[part], sums.get() + part * plan.sum_elements);
   });
+
+  const auto add = [](auto* total, const auto* other, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) total[i] += other[i];
+  };
+  parallel(static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
+    const Item<T>& item = plan.items[i];
+    for (int64_t part = 1; part < plan.parts; ++part)
+      add(sums.get() + item.start, sums.get() + part * plan.sum_elements + item.start, item.elements());
+    for (int64_t part = 1; item.part == 0 && part < item.parts; ++part)
+      add(sums.get() + item.start, sums.get() + plan.items[i + part].start, item.elements());
+  });
+  for (int64_t part = 1; part < plan.parts; ++part)
+    for (size_t source = 0; source < sources.size(); ++source)
+      add(panels[0][source].sums.data(), panels[part][source].sums.data(),
+          static_cast<int64_t>(panels[0][source].sums.size()));
+
   for (const Moment<T>& moment : moments) {
     const int64_t blocks = moment.v->blocks;
     std::vector<const Item<T>*> held(moment.u->blocks * blocks, nullptr);
-    for (const Item<T>& item : items)
+    for (const Item<T>& item : plan.items)
       if (item.moment == &moment && item.part == 0)
         for (int64_t u = item.u0; u < item.u1; ++u)
           for (int64_t v = item.v0; v < item.v1; ++v) held[u * blocks + v] = &item;
     const auto holder = [&](int64_t u, int64_t v) { return held[u * blocks + v]; };
     const int64_t pairs = static_cast<int64_t>(held.size());
     parallel(pairs * (1 + moment.summed_draws()), [&](int64_t task) {
-      assemble(moment, task / pairs, task % pairs / blocks, task % pairs % blocks, holder);
+      assemble(moment, sums.get(), task / pairs, task % pairs / blocks, task % pairs % blocks, holder);
     });
-    write_bias(moment, images);
+    write_bias(moment, panels[0], images);
   }
 }
 

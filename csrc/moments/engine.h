@@ -8,6 +8,36 @@
 
 namespace growkern {
 
+// Some blocks of u by some blocks of v over a part of the images.
+template <class T>
+struct Item {
+  Moment<T>* moment;
+  int64_t u0, u1, v0, v1;
+  int64_t part, parts;
+  double cost;      // panel products of one image
+  int64_t start;    // of its sums: [draw, 0 for none][block of u][group][block of v][shift][kLanes][kLanes]
+
+  int64_t draw_elements() const {
+    return (u1 - u0) * (v1 - v0) * moment->sums * kLanes<T> * kLanes<T>;
+  }
+  int64_t elements() const { return draw_elements() * (1 + moment->summed_draws()); }
+  // Of one sum, from that of the first block of u.
+  int64_t offset(int64_t u, int64_t v, const Group& group, int64_t vector) const {
+    const int64_t shifts = static_cast<int64_t>(group.shifts.size());
+    const int64_t before = ((u - u0) * moment->sums + group.first) * (v1 - v0);
+    return (before + (v - v0) * shifts + vector) * kLanes<T> * kLanes<T>;
+  }
+};
+
+// How the work is shared. Few sums: parts of the batch, each with panels and sums of its own, next to each other
+// in time and in the cache. Many sums: one part, whose items are shared.
+template <class T>
+struct Schedule {
+  std::vector<Item<T>> items;
+  std::vector<size_t> order;  // the most expensive item first, so that threads end together
+  int64_t parts, images_at_once, sum_elements;
+};
+
 template <class T>
 struct Batch {
   int64_t images;
@@ -15,6 +45,9 @@ struct Batch {
   std::vector<Moment<T>> moments;
 
   void run();
+
+ private:
+  void sum_part(const Schedule<T>& plan, int64_t part, int64_t reach, std::vector<Panels<T>>& panels, T* sums);
 };
 
 }  // namespace growkern

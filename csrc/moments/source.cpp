@@ -26,18 +26,28 @@ void Source<T>::lay_out() {
 }
 
 template <class T>
-void Source<T>::reserve(int64_t images, int64_t reach) {
-  const int64_t before = (reach * width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const int64_t after = reach * width + 2 * kLanes<T>;
-  block_elements = before + images * image_elements() + after;
+bool Source<T>::in_place() const {
+  const Dtype own = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
+  return is_matrix() && !copied && map.dtype == own && map.stride[1] == 1 && channels > 0 &&
+         channels % kLanes<T> == 0 && map.stride[0] <= 4 * kLanes<T>;
+}
+
+template <class T>
+Panels<T> Source<T>::reserve(int64_t images, int64_t reach) const {
+  Panels<T> panels;
+  if (summed) panels.sums.assign((1 + draws) * channel_blocks * size[0] * size[1] * width, 0.0);
+  if (in_place()) {
+    panels.block_elements = width;
+    return panels;
+  }
+  const int64_t lanes = kLanes<T>, before = (reach * width + lanes - 1) / lanes * lanes;
+  const int64_t elements = before + images * image_elements() + reach * width + 2 * lanes;
   // Blocks at distances of a power of two would share cache sets.
-  block_elements = (block_elements + kLanes<T> - 1) / kLanes<T> * kLanes<T> + 5 * kLanes<T>;
-  memory = allocate<T>(blocks * block_elements);
-  panels = memory.get() + before;
-  parallel(blocks, [&](int64_t block) {
-    std::memset(memory.get() + block * block_elements, 0, block_elements * sizeof(T));
-  });
-  if (summed) sums.assign((1 + draws) * channel_blocks * size[0] * size[1] * width, 0.0);
+  panels.block_elements = (elements + lanes - 1) / lanes * lanes + 5 * lanes;
+  panels.memory = allocate<T>(blocks * panels.block_elements);
+  panels.first = panels.memory.get() + before;
+  std::memset(panels.memory.get(), 0, blocks * panels.block_elements * sizeof(T));
+  return panels;
 }
 
 namespace {
@@ -91,50 +101,56 @@ void pack_patches(const Source<T>& source, int64_t block, int64_t image, int64_t
 
 }  // namespace
 
+// The rows of a matrix, images of one position, are packed many at a time.
+constexpr int64_t kRows = 256;
+
 template <class T>
-void Source<T>::pack(int64_t first, int64_t count) {
-  // The rows of a matrix, images of one position, are packed many at a time.
-  const bool rows = !patches && size == Pair{1, 1} && pitch == Pair{1, 1};
-  const int64_t step = rows ? 256 : 1, groups = (count + step - 1) / step;
-  parallel(blocks * groups, [&](int64_t task) {
-    const int64_t block = task / groups, start = task % groups * step;
-    T* out = panels + block * block_elements + start * image_elements();
-    const int64_t channel = block % channel_blocks * width, draw = block / channel_blocks;
-    if (rows) {
-      const int64_t length = std::min(step, count - start);
-      kernels<T>().pack({at(map, first + start, channel, 0, 0), map.dtype, map.stride[1], map.stride[0],
-                         channels_of(block), length},
-                        out, width);
-      if (draw == 0) return;
-      const T* sign = signs + (draw - 1) * map.images + first + start;
-      for (int64_t i = 0; i < length; ++i)
-        for (int64_t lane = 0; lane < width; ++lane) out[i * width + lane] *= sign[i];
-      return;
-    }
-    for (int64_t y = 0; y < size[0]; ++y, out += pitch[1] * width) {
-      if (patches) {
-        pack_patches(*this, block, first + start, y, out);
-      } else {
-        kernels<T>().pack({at(map, first + start, channel, y, 0), map.dtype, map.stride[1], map.stride[3],
-                           channels_of(block), size[1]},
-                          out, width);
-      }
-    }
-  });
+int64_t Source<T>::pack_tasks(int64_t count) const {
+  if (in_place()) return 1;
+  return blocks * (is_matrix() ? (count + kRows - 1) / kRows : count);
 }
 
 template <class T>
-void Source<T>::add_sums(int64_t first, int64_t count) {
-  const int64_t rows = channel_blocks * size[0], elements = size[1] * width;
-  parallel(rows * (1 + draws), [&](int64_t task) {
-    const int64_t draw = task / rows, block = task % rows / size[0], row = task % size[0];
-    double* sum = sums.data() + task * elements;
-    const T* in = panels + block * block_elements + row * pitch[1] * width;
-    for (int64_t image = 0; image < count; ++image, in += image_elements()) {
-      const T sign = draw == 0 ? T{1} : signs[(draw - 1) * map.images + first + image];
-      for (int64_t i = 0; i < elements; ++i) sum[i] += sign * in[i];
+void Source<T>::pack(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const {
+  if (in_place()) {
+    panels.first = static_cast<T*>(const_cast<void*>(at(map, first, 0, 0, 0)));  // only read from
+    return;
+  }
+  const int64_t block = task % blocks, channel = block % channel_blocks * width, draw = block / channel_blocks;
+  const int64_t start = task / blocks * (is_matrix() ? kRows : 1);
+  T* out = panels.first + block * panels.block_elements + start * image_elements();
+  if (is_matrix()) {
+    const int64_t length = std::min(kRows, count - start);
+    kernels<T>().pack({at(map, first + start, channel, 0, 0), map.dtype, map.stride[1], map.stride[0],
+                       channels_of(block), length},
+                      out, width);
+    if (draw == 0) return;
+    const T* sign = signs + (draw - 1) * map.images + first + start;
+    for (int64_t i = 0; i < length; ++i)
+      for (int64_t lane = 0; lane < width; ++lane) out[i * width + lane] *= sign[i];
+    return;
+  }
+  for (int64_t y = 0; y < size[0]; ++y, out += pitch[1] * width) {
+    if (patches) {
+      pack_patches(*this, block, first + start, y, out);
+    } else {
+      kernels<T>().pack({at(map, first + start, channel, y, 0), map.dtype, map.stride[1], map.stride[3],
+                         channels_of(block), size[1]},
+                        out, width);
     }
-  });
+  }
+}
+
+template <class T>
+void Source<T>::add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const {
+  const int64_t rows = channel_blocks * size[0], elements = size[1] * width;
+  const int64_t draw = task / rows, block = task % rows / size[0], row = task % size[0];
+  double* sum = panels.sums.data() + task * elements;
+  const T* in = panels.first + block * panels.block_elements + row * pitch[1] * width;
+  for (int64_t image = 0; image < count; ++image, in += image_elements()) {
+    const T sign = draw == 0 ? T{1} : signs[(draw - 1) * map.images + first + image];
+    for (int64_t i = 0; i < elements; ++i) sum[i] += sign * in[i];
+  }
 }
 
 template struct Source<float>;

@@ -52,10 +52,19 @@ using Buffer = std::unique_ptr<T[], Free>;
 template <class T>
 Buffer<T> allocate(int64_t elements);
 
+// Some images of a source: [block][image][row][column][channel of the block], zeros around every image.
+template <class T>
+struct Panels {
+  Buffer<T> memory;
+  T* first = nullptr;        // of block 0, image 0, position (0, 0)
+  int64_t block_elements = 0;
+  std::vector<double> sums;  // over images: [draw, 0 for none][channel block][row][column][channel]
+};
+
 // Weights of sample positions, one factor per row and one per column.
 using Weights = std::array<std::vector<double>, 2>;
 
-// A map, or its patches (im2col), as panels [block][image][row][column][channel of the block].
+// A map, or its patches (im2col), and how it is packed.
 template <class T>
 struct Source {
   Map map;
@@ -65,25 +74,29 @@ struct Source {
   Pair size{};               // positions: of the map, or the sample positions of the patches
   Pair pitch{};              // positions from row to row and from image to image, zeros included
   int64_t channels = 0;
-  bool summed = false;       // whether `sums` is wanted
+  bool summed = false;       // whether `sums` are wanted
   const T* signs = nullptr;  // (draws, images)
   int64_t draws = 0;
   bool copied = false;       // whether the panels are repeated under each draw, or only `sums` are
 
-  int64_t width = 0;         // channels of a block, the distance between columns
+  int64_t index = 0;           // in the batch
+  int64_t width = 0;           // channels of a block, the distance between columns
   int64_t channel_blocks = 0;  // without the repetitions under draws
-  int64_t blocks = 0, block_elements = 0;
-  Buffer<T> memory;
-  T* panels = nullptr;       // of block 0, image 0, position (0, 0)
-  std::vector<double> sums;  // over images: [draw, 0 for none][channel block][row][column][channel]
+  int64_t blocks = 0;
 
-  int64_t image_elements() const { return pitch[0] * pitch[1] * width; }
+  int64_t image_elements() const { return in_place() ? map.stride[0] : pitch[0] * pitch[1] * width; }
   int64_t channels_of(int64_t block) const { return std::min(width, channels - block % channel_blocks * width); }
   void lay_out();
-  // Room for `images` at once, and zeros for shifts that reach up to `reach` positions before the first.
-  void reserve(int64_t images, int64_t reach);
-  void pack(int64_t first, int64_t count);
-  void add_sums(int64_t first, int64_t count);
+  // Room for `images`, and zeros for shifts that reach up to `reach` positions before the first and after the last.
+  Panels<T> reserve(int64_t images, int64_t reach) const;
+  // Packing, and adding up `sums`, are made of independent tasks.
+  int64_t pack_tasks(int64_t count) const;
+  void pack(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const;
+  int64_t sum_tasks() const { return summed ? channel_blocks * size[0] * (1 + draws) : 0; }
+  void add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const;
+  bool is_matrix() const { return !patches && size == Pair{1, 1} && pitch == Pair{1, 1}; }
+  // Whether the rows of a narrow matrix are panel rows as they are; wide ones are slower than their copies.
+  bool in_place() const;
 };
 
 }  // namespace growkern
