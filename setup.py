@@ -39,11 +39,11 @@ def _extensions(mode: str) -> dict:
     return {"ext_modules": modules, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+FLAGS = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 
 
 def _cpu(cpp_extension):
-    sources = [path for family in ("moments", "jacobi") for path in sorted(Path("csrc", family).glob("*.cpp"))]
+    sources = [path for path in sorted(Path("csrc").rglob("*.cpp")) if path.name != "host.cpp"]
     return cpp_extension.CppExtension(
         "growkern._cpu",
         [str(path) for path in sources],

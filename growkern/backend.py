@@ -5,6 +5,8 @@ itself under the name of its backend in its own file; which of them to call is d
 time, and so is never traced into a compiled graph.
 """
 
+import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ __all__ = ["available", "define", "register", "result_dtype", "use_backend"]
 BACKENDS = ("triton", "cuda", "cpp", "reference")  # "auto" takes the first that an op has for the device
 ACCEPTED = ("auto", *BACKENDS)
 DEVICES = {"triton": ("cuda",), "cuda": ("cuda",), "cpp": ("cpu",)}  # that a backend takes; the reference takes all
+
+logger = logging.getLogger(__name__)
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
@@ -155,9 +159,20 @@ def _in_force(op: str, device: str) -> Callable[..., tuple[Tensor, ...]]:
         raise ValueError(f"GROWKERN_BACKEND: expected one of {', '.join(ACCEPTED)}, got {name!r}")
     names = available(op)
     if name == "auto":
+        if device == "cpu" and "cpp" not in names:
+            _mention_missing_kernels()
         name = next(each for each in names if device in DEVICES.get(each, (device,)))
     elif name not in names:
         raise RuntimeError(f"{op} has no {name} implementation here; available: {', '.join(names)}")
     elif device not in DEVICES.get(name, (device,)):
         raise RuntimeError(f"{op}: {name} takes {' or '.join(DEVICES[name])} tensors, got one on {device}")
     return _implementations[op][name]
+
+
+@functools.cache
+def _mention_missing_kernels() -> None:
+    """Say once what makes the ops faster."""
+    logger.warning(
+        "growkern was installed without its compiled kernels and is slower than it could be. "
+        "Where torch is installed: pip install --no-build-isolation --force-reinstall --no-deps growkern"
+    )

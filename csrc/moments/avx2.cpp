@@ -11,8 +11,8 @@
 
 namespace growkern {
 
-const Kernels<float> avx2_float = table<float, 32, 4>("avx2");
-const Kernels<double> avx2_double = table<double, 32, 4>("avx2");
+const Kernels<float> avx2_float = table<float, 32, 4>();
+const Kernels<double> avx2_double = table<double, 32, 4>();
 
 }  // namespace growkern
 

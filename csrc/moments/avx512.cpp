@@ -11,8 +11,8 @@
 
 namespace growkern {
 
-const Kernels<float> avx512_float = table<float, 64, 8>("avx512");
-const Kernels<double> avx512_double = table<double, 64, 8>("avx512");
+const Kernels<float> avx512_float = table<float, 64, 8>();
+const Kernels<double> avx512_double = table<double, 64, 8>();
 
 }  // namespace growkern
 

@@ -3,28 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "plan.h"
 
 namespace growkern {
-
-void parallel(int64_t n, const std::function<void(int64_t)>& body) {
-  const auto threads = std::min<int64_t>(n, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    for (int64_t i = 0; i < n; ++i) body(i);
-    return;
-  }
-  // Whichever thread is free takes the next: other processes may hold one of them up.
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < n; i = next++) body(i);
-  });
-}
 
 namespace {
 
@@ -144,12 +128,10 @@ Three conv2d_residual(const Tensor& x, const Tensor& h, const Tensor& r, const T
   return residual(x, h, r, signs, windows, full, x_bias, h_bias);
 }
 
-bool choose_kernels(std::string name) { return choose(name.empty() ? nullptr : name.c_str()); }
-
 }  // namespace
 }  // namespace growkern
 
-STABLE_TORCH_LIBRARY(growkern_cpu, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(growkern_cpu, m) {
   m.def("linear_moments(Tensor x, Tensor h, Tensor v, bool x_bias, bool h_bias)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("conv2d_moments(Tensor x, Tensor h, Tensor v, int[] producer, int[] consumer, bool full, bool x_bias,"
@@ -158,7 +140,6 @@ STABLE_TORCH_LIBRARY(growkern_cpu, m) {
         " -> (Tensor, Tensor, Tensor)");
   m.def("conv2d_residual(Tensor x, Tensor h, Tensor r, Tensor signs, int[] producer, int[] consumer, bool full,"
         " bool x_bias, bool h_bias) -> (Tensor, Tensor, Tensor)");
-  m.def("choose_kernels(str name) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(growkern_cpu, CPU, m) {
@@ -166,8 +147,4 @@ STABLE_TORCH_LIBRARY_IMPL(growkern_cpu, CPU, m) {
   m.impl("conv2d_moments", TORCH_BOX(&growkern::conv2d_moments));
   m.impl("linear_residual", TORCH_BOX(&growkern::linear_residual));
   m.impl("conv2d_residual", TORCH_BOX(&growkern::conv2d_residual));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(growkern_cpu, CompositeExplicitAutograd, m) {
-  m.impl("choose_kernels", TORCH_BOX(&growkern::choose_kernels));
 }

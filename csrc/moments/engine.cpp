@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <numeric>
+
+#include "../parallel.h"
 
 namespace growkern {
 namespace {
@@ -61,17 +64,19 @@ void multiply_group(const Item<T>& item, const Group& group, const std::vector<P
   for (int64_t image = first; image < first + count; image += image_step) {
     for (int64_t row = 0; row < rows; row += row_step) {
       const int64_t images = std::min(image_step, first + count - image);
-      const int64_t start = (image * u.pitch[0] + row0 + row) * u.pitch[1] + column0;
+      const int64_t position = (row0 + row) * u.pitch[1] + column0;
       const Walk walk = compact({{images, std::min(row_step, rows - row), columns},
                                  {u.image_elements(), u.pitch[1] * u.width, u.width},
                                  {v.image_elements(), v.pitch[1] * v.width, v.width}});
+      const T* left = u_panels.first + image * u.image_elements() + position * u.width;
+      const int64_t shift = image * v.image_elements() + position * v.width;
       for (int64_t block = item.u0; block < item.u1; ++block) {
         // Of a symmetric moment of single taps, the blocks below the diagonal are not needed.
         const int64_t v0 = item.moment->upper() ? std::max(item.v0, block) : item.v0;
         const int64_t skipped = (v0 - item.v0) * static_cast<int64_t>(group.shifts.size());
-        kernels<T>().multiply(walk, u_panels.first + block * u_panels.block_elements + start * u.width,
-                              u.channels_of(block), right.data() + skipped, start * v.width,
-                              static_cast<int64_t>(right.size()) - skipped, sums + item.offset(block, v0, group, 0));
+        kernels<T>().multiply(walk, left + block * u_panels.block_elements, u.channels_of(block),
+                              right.data() + skipped, shift, static_cast<int64_t>(right.size()) - skipped,
+                              sums + item.offset(block, v0, group, 0));
       }
     }
   }
@@ -237,12 +242,13 @@ void write_bias(const Moment<T>& moment, const std::vector<Panels<T>>& panels, i
     if (moment.u_bias)
       write_sums(*moment.v, panels[moment.v->index], moment.v_window, moment.weights, draw,
                  out + (rows - 1) * columns, 1);
-    // Patches of u carry their weights already.
-    if (moment.v_bias) {
-      Weights ones = moment.weights;
-      if (!moment.u->weights[0].empty())
-        for (auto& axis : ones) std::fill(axis.begin(), axis.end(), 1.0);
-      write_sums(*moment.u, panels[moment.u->index], moment.u_window, ones, draw, out + columns - 1, columns);
+    if (moment.symmetric && moment.v_bias) {
+      for (int64_t i = 0; i + 1 < rows; ++i) out[i * columns + columns - 1] = out[(rows - 1) * columns + i];
+    } else if (moment.v_bias) {
+      Weights weights = moment.weights;
+      if (!moment.u->weights[0].empty())  // patches carry them already
+        for (auto& axis : weights) std::fill(axis.begin(), axis.end(), 1.0);
+      write_sums(*moment.u, panels[moment.u->index], moment.u_window, weights, draw, out + columns - 1, columns);
     }
     if (moment.u_bias && moment.v_bias) {
       double total[2] = {0, 0};

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../isa.h"
+
 namespace growkern {
 
 // A panel holds rows of 64 bytes: that many channels of one position.
@@ -29,7 +31,6 @@ struct Row {
 
 template <class T>
 struct Kernels {
-  const char* name;
   // For each of `vectors` panel rows b[k] + shift: acc[k][i][:] += Σ over the walk of a[i]·b[k][:], for i < rows.
   // acc[k] is kLanes×kLanes. Every call starts its own sums and adds them to acc, so that no chain of roundings
   // is longer than the walk.
@@ -38,18 +39,14 @@ struct Kernels {
   void (*pack)(const Row&, T* out, int64_t stride);
 };
 
-// Those in use: the fastest that this processor runs, unless others were chosen.
-template <class T>
-const Kernels<T>& kernels();
-template <>
-const Kernels<float>& kernels<float>();
-template <>
-const Kernels<double>& kernels<double>();
-
-// Chooses by name, or the fastest for a null pointer; false where this processor does not run it.
-bool choose(const char* name);
-
 extern const Kernels<float> portable_float, avx2_float, avx512_float;
 extern const Kernels<double> portable_double, avx2_double, avx512_double;
+
+// Those of the instruction set in use.
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (sizeof(T) == 8) return GROWKERN_BY_ISA(double);
+  else return GROWKERN_BY_ISA(float);
+}
 
 }  // namespace growkern

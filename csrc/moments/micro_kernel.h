@@ -159,8 +159,8 @@ void pack(const Row& row, T* out, int64_t stride) {
 }
 
 template <class T, int Bytes, int MR>
-constexpr Kernels<T> table(const char* name) {
-  return {name, multiply<T, Bytes, MR>, pack<T>};
+constexpr Kernels<T> table() {
+  return {multiply<T, Bytes, MR>, pack<T>};
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -14,9 +13,6 @@
 namespace growkern {
 
 using Pair = std::array<int64_t, 2>;  // rows, columns
-
-// Runs body(0) … body(n − 1) on torch's threads, in no fixed order.
-void parallel(int64_t n, const std::function<void(int64_t)>& body);
 
 // A tensor (images, channels, rows, columns) in its own memory.
 struct Map {

@@ -1,15 +1,10 @@
 """The compiled libraries: each defines ops in a private namespace of torch.ops."""
 
-import logging
 from pathlib import Path
 
 import torch
 
-__all__ = ["build_info", "load", "mention_missing"]
-
-logger = logging.getLogger("growkern")
-
-_mentioned = False
+__all__ = ["build_info", "load"]
 
 
 def load(name: str) -> bool:
@@ -44,14 +39,3 @@ def build_info() -> dict[str, object] | None:
     except ImportError:
         return None
     return _host.build_info()
-
-
-def mention_missing() -> None:
-    """Say once how to get the compiled kernels."""
-    global _mentioned
-    if not _mentioned:
-        logger.warning(
-            "growkern was built without compiled kernels and runs slower than it could; with torch installed: "
-            "pip install --no-build-isolation growkern"
-        )
-    _mentioned = True

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from growkern.backend import define
+from growkern.ops import native
 from growkern.ops.jacobi import reference  # noqa: F401  (registers its implementations)
+
+if native.load("cpu"):
+    from growkern.ops.jacobi import cpp  # noqa: F401
 
 __all__ = ["eigh", "svd"]
 

@@ -1,0 +1,29 @@
+// Jacobi's method on many small symmetric matrices, one in each lane of a vector.
+#pragma once
+
+#include <cstdint>
+
+#include "../isa.h"
+
+namespace growkern {
+
+// Decomposes matrices a[i·n² …] for i < count, of which the lower triangle counts, as q diag(w) qᵀ with ascending
+// w. `work` holds work_elements(n). A matrix that is not finite or does not converge comes back NaN.
+template <class T>
+struct Lanes {
+  int64_t matrices;  // at a time
+  void (*eigh)(const T* a, int64_t count, int64_t n, T* w, T* q, T* work);
+  int64_t work_elements(int64_t n) const { return (4 * (n + 1) * (n + 1) + n + 1) * matrices; }
+};
+
+extern const Lanes<float> portable_float_lanes, avx2_float_lanes, avx512_float_lanes;
+extern const Lanes<double> portable_double_lanes, avx2_double_lanes, avx512_double_lanes;
+
+// Those of the instruction set in use.
+template <class T>
+const Lanes<T>& lanes() {
+  if constexpr (sizeof(T) == 8) return GROWKERN_BY_ISA(double_lanes);
+  else return GROWKERN_BY_ISA(float_lanes);
+}
+
+}  // namespace growkern

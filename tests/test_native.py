@@ -1,0 +1,266 @@
+"""The compiled library: every instruction set, what it links to, its memory, and what only it could get wrong."""
+
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import TOLERANCES, Conv2dCase, LinearCase, cases, error, to_double
+from test_ops_jacobi import TOLERANCES as EIGH_TOLERANCES
+from test_ops_jacobi import assert_decomposes, assert_same_values
+
+import growkern
+from growkern import backend, ops
+from growkern.backend import available, use_backend
+from growkern.ops.native import build_info
+
+PACKAGE = Path(growkern.__file__).parent
+
+pytestmark = pytest.mark.skipif("cpp" not in available("linear_moments"), reason="no compiled library here")
+
+SETS = ("avx512", "avx2", "portable")
+MOMENTS = cases("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
+EIGH = [case for case in cases("eigh") if case.shape[-1] > 0]
+# Several blocks of channels, chains of sums longer than one, and more images than are packed at once.
+LARGE = [
+    LinearCase(op="linear_moments", name="large", rows=3001, widths=(70, 40, 33)),
+    LinearCase(op="linear_residual", name="large", rows=3001, widths=(70, 40, 33), draws=2),
+    LinearCase(op="linear_moments", name="read in place", rows=3001, widths=(16, 32, 64)),
+    *(
+        Conv2dCase(op=op, name=name, batch=5, channels=channels, maps=(33, 18), kernel=kernel, draws=2)
+        for op in ("conv2d_moments", "conv2d_residual")
+        for kernel in ("full", "center")
+        for name, channels in (("narrow", (8, 5, 4)), ("wide", (33, 17, 40)))
+    ),
+]
+
+
+@pytest.fixture
+def _instruction_set(request):
+    if not torch.ops.growkern_cpu.use_instruction_set(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    torch.ops.growkern_cpu.use_instruction_set("")
+
+
+every_set = pytest.mark.parametrize("_instruction_set", SETS, indirect=True)
+
+
+def assert_accurate(case, dtype):
+    args, named = case.arguments(dtype, seed=2)
+    double_args, double_named = to_double((args, named))
+    with use_backend("reference"):
+        expected = case.function(*double_args, **double_named)
+    with use_backend("cpp"):
+        out = case.function(*args, **named)
+    for one, other in zip(out, expected, strict=True):
+        assert error(one, other) <= TOLERANCES[dtype]
+
+
+@every_set
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("case", MOMENTS, ids=str)
+def test_moments_of_every_instruction_set(case):
+    for dtype in case.dtypes:
+        assert_accurate(case, dtype)
+
+
+@every_set
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_moments(case, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in case.dtypes:
+            assert_accurate(case, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_error_is_at_most_twice_that_of_pytorch(case):
+    args, named = case.arguments(torch.float32, seed=3)
+    double_args, double_named = to_double((args, named))
+    with use_backend("reference"):
+        expected = case.function(*double_args, **double_named)
+        usual = case.function(*args, **named)
+    with use_backend("cpp"):
+        out = case.function(*args, **named)
+    for one, other, ref in zip(out, usual, expected, strict=True):
+        assert error(one, ref) <= 2 * max(error(other, ref), 2.0**-24)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    for case in LARGE:
+        args, named = case.arguments(torch.float32)
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with use_backend("cpp"):
+                results.append(case.function(*args[:3], **named) if "moments" in case.op else ())
+        torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_symmetric_moments_are_symmetric_bit_by_bit():
+    for case in [case for case in LARGE + MOMENTS if case.op.endswith("moments")]:
+        args, named = case.arguments(torch.float32)
+        with use_backend("cpp"):
+            xx, _, _, hh, _, vv = case.function(*args, **named)
+        assert all(torch.equal(matrix, matrix.T) for matrix in (xx, hh, vv))
+
+
+def test_a_feature_that_is_never_read_has_no_moment():
+    """Border sums are subtracted from sums over the map: nothing may be left where all is border."""
+    case = Conv2dCase(op="conv2d_moments", name="", batch=70, maps=(1, 33), channels=(16, 16, 16), x_bias=False)
+    args, named = case.arguments(torch.float32)
+    with use_backend("reference"):
+        expected = case.function(*args, **named)[0]
+    with use_backend("cpp"):
+        xx = case.function(*args, **named)[0]
+    assert (expected == 0).sum() > expected.numel() / 2
+    assert torch.equal(xx == 0, expected == 0)
+
+
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[3]], ids=str)
+def test_nan_spoils_its_own_channel_only(case):
+    args, named = case.arguments(torch.float32)
+    args[0].select(1, 2).fill_(torch.nan)
+    with use_backend("cpp"):
+        xx, _, xv, hh, hv, vv = case.function(*args, **named)
+    taps = case.producer.taps if isinstance(case, Conv2dCase) else 1
+    spoiled = torch.zeros(len(xx), dtype=torch.bool)
+    spoiled[2 * taps : 3 * taps] = True
+    assert xx[spoiled].isnan().all()
+    assert xv[spoiled].isnan().all()
+    assert all(part.isfinite().all() for part in (xx[~spoiled][:, ~spoiled], xv[~spoiled], hh, hv, vv))
+
+
+@every_set
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", EIGH, ids=str)
+def test_eigh_in_lanes(case, dtype):
+    (a,), _ = case.arguments(dtype)
+    a = a.reshape(-1, *a.shape[-2:])
+    w, q = torch.ops.growkern_cpu.eigh_lanes(a)
+    assert_decomposes(a, w, q, EIGH_TOLERANCES[dtype])
+    assert_same_values(w, torch.linalg.eigvalsh(a.double()), a, EIGH_TOLERANCES[dtype])
+
+
+@every_set
+@pytest.mark.usefixtures("_instruction_set")
+def test_lanes_do_not_disturb_each_other():
+    a = torch.randn(37, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a = a + a.mT
+    a[3, 2, 1], a[20, 6, 6], a[36, 4, 0] = torch.nan, torch.inf, -torch.inf
+    w, q = torch.ops.growkern_cpu.eigh_lanes(a)
+    bad = [3, 20, 36]
+    good = [i for i in range(37) if i not in bad]
+    assert w[bad].isnan().all()
+    assert q[bad].isnan().all()
+    assert_decomposes(a[good], w[good], q[good], EIGH_TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("op", ["eigh", "svd"])
+def test_slices_of_a_batch_equal_the_whole(op):
+    a = torch.randn(3, 11, 30, 30, generator=torch.Generator().manual_seed(0))
+    a = a + a.mT
+    with use_backend("reference"):
+        expected = getattr(ops, op)(a)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with use_backend("cpp"):
+            out = getattr(ops, op)(a)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(out, expected, strict=True):
+        assert torch.allclose(one.abs(), other.abs(), atol=1e-3)
+
+
+def test_strides_beyond_two_to_the_31():
+    """The tensor is virtual memory: only the pages of its three rows are ever touched."""
+    far = 2**30 + 40
+    x = torch.empty(2 * far + 5, dtype=torch.bfloat16).as_strided((3, 5), (far, 1))
+    x.copy_(torch.arange(15).view(3, 5))
+    maps = torch.empty(2 * far + 60, dtype=torch.bfloat16).as_strided((3, 4, 3, 5), (far, 15, 5, 1))
+    maps.copy_(torch.arange(180).view(3, 4, 3, 5) % 7)
+    geometry = ops.ConvGeometry(3, 1, 1)
+    for arguments, options in (
+        ((x, x, x), {}),
+        ((maps, maps, maps), {"producer": geometry, "consumer": geometry}),
+    ):
+        function = ops.conv2d_moments if options else ops.linear_moments
+        with use_backend("cpp"):
+            out = function(*arguments, **options)
+        with use_backend("reference"):
+            expected = function(*(tensor.double() for tensor in arguments), **options)
+        assert all(error(one, other) < 1e-6 for one, other in zip(out, expected, strict=True))
+
+
+MEMORY = """
+import sys, torch
+from growkern import ops
+def high():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+batch, channels, side = map(int, sys.argv[1:])
+geometry = ops.ConvGeometry(3, 1, 1)
+call = lambda maps: ops.conv2d_moments(*maps, producer=geometry, consumer=geometry)
+call([torch.randn(1, channels, 4, 4)] * 3)
+maps = [torch.randn(batch, channels, side, side) for _ in range(3)]
+open("/proc/self/clear_refs", "w").write("5")
+before = high()
+out = call(maps)
+sizes = sum(t.nbytes for t in out)
+print((high() - before - sizes) / (sizes + sum(t.nbytes for t in maps)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory")
+@pytest.mark.parametrize(("batch", "channels", "side"), [(256, 8, 32), (128, 64, 32), (64, 128, 8)])
+def test_memory_beyond_inputs_and_outputs(batch, channels, side):
+    command = [sys.executable, "-c", MEMORY, *map(str, (batch, channels, side))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert float(done.stdout) <= 1.5
+
+
+def test_the_library_links_to_the_stable_interface_of_torch_2_11():
+    if shutil.which("nm") is None:
+        pytest.skip("no nm here")
+    (library,) = PACKAGE.glob("_cpu.*")
+    listed = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
+    undefined = {line.split(" U ", 1)[1] for line in listed.stdout.splitlines() if " U " in line}
+    assert any(name.startswith("torch_call_dispatcher") for name in undefined)
+    assert not [name for name in undefined if re.search(r"\b(at|c10|torch)::", name)]
+    shim = (Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h").read_text()
+    newer = re.split(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(?!9_|10_|11_)\d+_0", shim)[1:]
+    too_new = {name for part in newer for name in re.findall(r"\b((?:aoti_)?torch_\w+)\(", part.split("#endif")[0])}
+    assert too_new
+    assert not undefined & too_new
+
+
+def test_build_info_names_what_was_built():
+    info = build_info()
+    assert info is not None
+    assert info["compiler"]
+    assert "-O3" in info["flags"]
+    assert "portable" in info["instruction_sets"]
+
+
+def test_without_the_library_the_first_op_says_once_how_to_build_it(monkeypatch, caplog):
+    only = {"reference": backend._implementations["eigh"]["reference"]}
+    monkeypatch.setitem(backend._implementations, "eigh", only)
+    backend._mention_missing_kernels.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="growkern"):
+        ops.eigh(torch.eye(2))
+        ops.eigh(torch.eye(2))
+    assert [record.message.count("pip install --no-build-isolation") for record in caplog.records] == [1]
