@@ -8,7 +8,7 @@ STAMP := .venv/.set-up
 export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint sanitize clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,20 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The C++ under the address and undefined-behaviour sanitizers, over the cases of the ops.
+SANITIZED := build/sanitized
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+SANITIZED_TESTS := tests/test_ops_moments.py tests/test_ops_jacobi.py tests/test_native.py
+sanitize: $(STAMP)
+	rm -rf $(SANITIZED)
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" GROWKERN_BUILD=cpu \
+		$(BIN)/pip install --no-build-isolation --no-deps --target $(SANITIZED) .
+	cp -r tests $(SANITIZED)/tests
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so)" \
+		$(abspath $(BIN))/python -m pytest -q -s -c /dev/null --rootdir . $(SANITIZED_TESTS) \
+		-k "not memory and not monkeypatch and not stable_interface"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -20,7 +20,8 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     largest, fewest = LANES[a.dtype]
     n, matrices = a.shape[-1], a.shape[:-2].numel()
     if not 0 < n <= largest or matrices < fewest:
-        return _sliced(native.eigh_lapack, reference.eigh, a)
+        w, q = _sliced(native.eigh_lapack, reference.eigh, a)
+        return w, q
     w, q = native.eigh_lanes(a.reshape(matrices, n, n).contiguous())
     return w.view(a.shape[:-1]), q.view(a.shape)
 
@@ -28,7 +29,8 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 @register("svd", "cpp")
 def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Reduced singular value decomposition; NaN where a matrix has none to find."""
-    return _sliced(native.svd_lapack, reference.svd, a)
+    u, s, vh = _sliced(native.svd_lapack, reference.svd, a)
+    return u, s, vh
 
 
 def _sliced(

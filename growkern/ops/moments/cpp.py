@@ -78,7 +78,7 @@ def conv2d_residual(
 
 
 def _convolution_residual(h: Tensor, v: Tensor, update: Tensor, consumer: ConvGeometry, bias: bool) -> Tensor:
-    """v − update·h, in the dtype of the results."""
+    """Give v − update·h, in the dtype of the results."""
     dtype = result_dtype(h.dtype)
     update = update.to(dtype)
     features = h.shape[1] * consumer.taps
