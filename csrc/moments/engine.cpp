@@ -12,7 +12,7 @@ namespace growkern {
 namespace {
 
 // Memory for panels at one time beyond a share of that of the sums: little to fault in.
-constexpr int64_t kPanelBytes = 16 << 20;
+constexpr int64_t kBatchPanelBytes = 16 << 20;
 // The same where every part of the batch has panels of its own, in the L2 cache.
 constexpr int64_t kPartPanelBytes = 512 << 10;
 // Memory for the sums of all parts, and multiplications for which another part pays: the first few, and more.
@@ -21,11 +21,11 @@ constexpr double kPartWork = 2 << 20, kLargePartWork = 64 << 20;
 constexpr int64_t kFewParts = 8, kMostParts = 64;
 // Rows of a panel multiplied at once: two panels stay in the L2 cache while border sums revisit them.
 constexpr int64_t kGroupRows = 4096;
-// Longest chain of additions in a register: rounding grows with its length.
+// Positions summed in a register at once, unless a row has more: rounding grows with the chain of additions.
 constexpr int64_t kChain = 256;
 // Sums per item: enough that panels are read from memory seldom.
 constexpr double kItemSums = 64;
-// Items of the whole batch, about: enough for any number of threads, and no function of it so that results are none.
+// Items of the whole batch, about, whatever the number of threads, so that results do not depend on it.
 constexpr double kItems = 24;
 
 // The longest loop innermost, and loops over adjacent memory made one.
@@ -277,7 +277,7 @@ Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t im
   plan.parts = possible >= few ? std::min(wanted, possible) : 1;
   int64_t budget = kPartPanelBytes;
   if (plan.parts < few) {
-    budget = kPanelBytes + bytes / 2;
+    budget = kBatchPanelBytes + bytes / 2;
     plan.items = divide(plan.items, images);
     plan.sum_elements = place(plan.items);
   }
