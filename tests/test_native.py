@@ -264,3 +264,14 @@ def test_without_the_library_the_first_op_says_once_how_to_build_it(monkeypatch,
         ops.eigh(torch.eye(2))
         ops.eigh(torch.eye(2))
     assert [record.message.count("pip install --no-build-isolation") for record in caplog.records] == [1]
+
+
+def test_auto_passes_over_backends_of_other_devices():
+    chosen = backend._in_force("eigh", "cuda")
+    assert chosen is not backend._implementations["eigh"]["cpp"]
+    assert backend._in_force("eigh", "cpu") is backend._implementations["eigh"]["cpp"]
+    with (
+        use_backend("cpp"),
+        pytest.raises(RuntimeError, match="eigh: cpp takes cpu tensors, got one on cuda"),
+    ):
+        backend._in_force("eigh", "cuda")

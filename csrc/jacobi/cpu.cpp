@@ -37,6 +37,7 @@ void eigh_by_lanes(const Tensor& a, Tensor& w, Tensor& q) {
 }
 
 std::tuple<Tensor, Tensor> eigh_lanes(const Tensor& a) {
+  STD_TORCH_CHECK(a.sizes()[2] <= kLargestInLanes, "a: expected at most ", kLargestInLanes, " rows and columns");
   Tensor w = torch::stable::new_empty(a, {a.sizes()[0], a.sizes()[2]}), q = torch::stable::new_empty(a, a.sizes());
   if (a.scalar_type() == ScalarType::Double) eigh_by_lanes<double>(a, w, q);
   else eigh_by_lanes<float>(a, w, q);

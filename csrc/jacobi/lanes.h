@@ -7,6 +7,8 @@
 
 namespace growkern {
 
+constexpr int64_t kLargestInLanes = 128;  // rows and columns
+
 // Decomposes matrices a[i·n² …] for i < count, of which the lower triangle counts, as q diag(w) qᵀ with ascending
 // w. `work` holds work_elements(n). A matrix that is not finite or does not converge comes back NaN.
 template <class T>

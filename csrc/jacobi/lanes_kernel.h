@@ -5,7 +5,6 @@ namespace growkern {
 namespace {
 
 constexpr int kSweeps = 30;
-constexpr int64_t kLargest = 130;
 
 template <class T>
 constexpr T kTolerance = sizeof(T) == 8 ? T(1e-15) : T(3e-7);  // of the off-diagonal part, beside the whole
@@ -22,7 +21,8 @@ struct LaneBatch {
 
   static Vector root(Vector x) {
     Vector y;
-    for (int lane = 0; lane < width; ++lane) y[lane] = sizeof(T) == 8 ? __builtin_sqrt(x[lane]) : __builtin_sqrtf(x[lane]);
+    for (int lane = 0; lane < width; ++lane)
+      y[lane] = sizeof(T) == 8 ? __builtin_sqrt(x[lane]) : __builtin_sqrtf(x[lane]);
     return y;
   }
   static Vector magnitude(Vector x) { return x < 0 ? -x : x; }
@@ -155,7 +155,7 @@ void eigh(const T* matrices, int64_t count, int64_t n, T* w, T* q, T* work) {
   constexpr int width = Lane::width;
   const int64_t even = n + n % 2;
   Vector* memory = reinterpret_cast<Vector*>(work);
-  int64_t order[kLargest];
+  int64_t order[kLargestInLanes];
   Lane batch{even, memory, memory + even * even, memory + 2 * even * even, memory + 3 * even * even, order,
              memory + 4 * even * even, memory + 4 * even * even + even / 2};
   for (int64_t first = 0; first < count; first += width) {
@@ -198,7 +198,8 @@ void eigh(const T* matrices, int64_t count, int64_t n, T* w, T* q, T* work) {
         }
         if (!good) column = i;
         values[column] = good ? value * scale[lane] : T(__builtin_nan(""));
-        for (int64_t k = 0; k < n; ++k) vectors[k * n + column] = good ? batch.v[i * even + k][lane] : T(__builtin_nan(""));
+        for (int64_t k = 0; k < n; ++k)
+          vectors[k * n + column] = good ? batch.v[i * even + k][lane] : T(__builtin_nan(""));
       }
     }
   }

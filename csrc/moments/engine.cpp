@@ -194,9 +194,11 @@ void assemble(const Moment<T>& moment, const T* sums, int64_t summed_draw, int64
     for (int64_t b = 0; b < taps_v; ++b) {
       T* corner = out + (u * width_u * taps_u + a) * stride + block * width_v * taps_v + b;
       if (moment.symmetric && (a > b || (a == b && u > v))) {
-        emit(moment, holder(v, u), sums, v, u, summed_draw, moment.terms[b * taps_v + a], corner, taps_v, stride * taps_u);
+        const auto& terms = moment.terms[b * taps_v + a];
+        emit(moment, holder(v, u), sums, v, u, summed_draw, terms, corner, taps_v, stride * taps_u);
       } else {
-        emit(moment, holder(u, v), sums, u, v, summed_draw, moment.terms[a * taps_v + b], corner, stride * taps_u, taps_v);
+        const auto& terms = moment.terms[a * taps_v + b];
+        emit(moment, holder(u, v), sums, u, v, summed_draw, terms, corner, stride * taps_u, taps_v);
       }
       if (moment.symmetric && a == b && u == v) {
         const int64_t channels = moment.u->channels_of(u);
