@@ -8,6 +8,10 @@
 namespace growkern {
 namespace {
 
+// What a visit of a sum costs beside its multiplications, in positions, about: where every other row has another
+// weight, as under a consumer of stride 2, there are too many sums to be worth it.
+constexpr double kVisit = 32;
+
 // Along one axis: the positions m of u, all (−1) or one, that a pair of taps sums at a shift, and their weight.
 struct AxisTerm {
   int64_t position, shift;
@@ -51,18 +55,20 @@ Pair shift_range(const Window& u, const Window& v, int axis) {
 
 double correlation_cost(const Pair& u_size, const Pair& v_size, const Window& u, const Window& v,
                         const Weights& weights, bool symmetric) {
-  double cost = symmetric ? 0.5 : 1;
+  double positions = symmetric ? 0.5 : 1, sums = positions;
   for (int axis : {0, 1}) {
     std::set<std::pair<int64_t, int64_t>> seen;
-    double positions = 0;
+    double visited = 0;
     for (int64_t a = 0; a < u.taps[axis]; ++a)
       for (int64_t b = 0; b < v.taps[axis]; ++b)
         for (const AxisTerm& term : axis_terms(u_size[axis], v_size[axis], u, v, axis, weights[axis], a, b))
           if (seen.emplace(term.position, term.shift).second)
-            positions += term.position < 0 ? static_cast<double>(u_size[axis]) : 1;
-    cost *= positions;
+            visited += term.position < 0 ? static_cast<double>(u_size[axis]) : 1;
+    positions *= visited;
+    sums *= static_cast<double>(seen.size());
   }
-  return cost;
+  const double visits = static_cast<double>(u_size[0] * u_size[1]) / kGroupRows;
+  return positions + kVisit * visits * sums;
 }
 
 template <class T>

@@ -12,6 +12,9 @@
 
 namespace growkern {
 
+// Rows of a panel multiplied at once: two panels stay in the L2 cache while border sums revisit them.
+constexpr int64_t kGroupRows = 4096;
+
 // coefficient · sum `vector` of group `group`, from this lane on.
 template <class T>
 struct Term {
@@ -53,7 +56,7 @@ struct Moment {
 // The smallest and largest shift of v against u along one axis.
 Pair shift_range(const Window& u, const Window& v, int axis);
 
-// Multiplications per pair of channels and image, about: by correlation, and by patches.
+// Multiplications per pair of channels and image by correlation, about.
 double correlation_cost(const Pair& u_size, const Pair& v_size, const Window& u, const Window& v,
                         const Weights& weights, bool symmetric);
 

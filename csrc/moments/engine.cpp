@@ -19,8 +19,6 @@ constexpr int64_t kPartPanelBytes = 512 << 10;
 constexpr int64_t kPartSumBytes = 16 << 20;
 constexpr double kPartWork = 2 << 20, kLargePartWork = 64 << 20;
 constexpr int64_t kFewParts = 8, kMostParts = 64;
-// Rows of a panel multiplied at once: two panels stay in the L2 cache while border sums revisit them.
-constexpr int64_t kGroupRows = 4096;
 // Positions summed in a register at once, unless a row has more: rounding grows with the chain of additions.
 constexpr int64_t kChain = 256;
 // Sums per item: enough that panels are read from memory seldom.

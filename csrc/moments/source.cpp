@@ -70,27 +70,20 @@ void pack_patches(const Source<T>& source, int64_t block, int64_t image, int64_t
     const int64_t channel = feature / taps, tap = feature % taps;
     const int64_t tap_column = tap % window.taps[1];
     const int64_t y = window.position(0, row, tap / window.taps[1]);
-    int64_t first = 0, last = 0;  // the sample columns that read inside the map
+    // The sample columns that read inside the map: every `apart`-th from `first` on.
+    const int64_t apart = window.divisor[1], step = window.stride[1];
+    int64_t first = 0, count = 0, x = -1;
     if (y >= 0 && y < map.size[0]) {
-      last = source.size[1];
-      while (first < last && window.position(1, first, tap_column) < 0 && window.divisor[1] == 1) ++first;
-      while (last > first && window.position(1, last - 1, tap_column) >= map.size[1]) --last;
+      while (first < source.size[1] && (x = window.position(1, first, tap_column)) < 0) ++first;
+      if (first < source.size[1] && x < map.size[1])
+        count = std::min((source.size[1] - first + apart - 1) / apart, (map.size[1] - x + step - 1) / step);
     }
-    for (int64_t column = 0; column < first; ++column) out[column * source.width + lane] = 0;
-    for (int64_t column = last; column < source.size[1]; ++column) out[column * source.width + lane] = 0;
-    if (first == last) continue;
-    if (window.divisor[1] == 1) {
-      const int64_t x = window.position(1, first, tap_column);
-      const Row inside{at(map, image, channel, y, x), map.dtype, 0, map.stride[3] * window.stride[1], 1, last - first};
-      kernels<T>().pack(inside, out + first * source.width + lane, source.width);
-    } else {
-      for (int64_t column = first; column < last; ++column) {
-        T& value = out[column * source.width + lane];
-        const int64_t x = window.position(1, column, tap_column);
-        if (x < 0 || x >= map.size[1]) value = 0;
-        else kernels<T>().pack({at(map, image, channel, y, x), map.dtype, 0, 1, 1, 1}, &value, 1);
-      }
-    }
+    T* target = out + lane;
+    if (apart > 1 || count < source.size[1])
+      for (int64_t column = 0; column < source.size[1]; ++column) target[column * source.width] = 0;
+    if (count == 0) continue;
+    kernels<T>().pack({at(map, image, channel, y, x), map.dtype, 0, map.stride[3] * step, 1, count},
+                      target + first * source.width, source.width * apart);
   }
   if (source.weights[0].empty()) return;
   for (int64_t column = 0; column < source.size[1]; ++column) {

@@ -25,7 +25,8 @@ struct Map {
   bool operator==(const Map&) const = default;
 };
 
-// At sample position l, tap a reads (stride·l + offset + step·a) / divisor, where that is whole and inside the map.
+// At sample position l, tap a reads (stride·l + offset + step·a) / divisor, where that is whole and inside the map;
+// either the stride or the divisor is 1.
 struct Window {
   Pair taps{1, 1}, offset{0, 0}, step{1, 1}, stride{1, 1}, divisor{1, 1};
 
