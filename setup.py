@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 MODES = ("auto", "cpu", "cuda", "none")
 JOB_BYTES = 2 * 2**30  # that one compiler process may need
 TARGET = "0x020b000000000000"  # of the stable ABI: torch 2.11
-FLAGS = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 
 
 def main() -> None:
