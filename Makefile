@@ -8,7 +8,7 @@ STAMP := .venv/.set-up
 export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(STAMP)
 
@@ -18,11 +18,11 @@ $(STAMP): pyproject.toml Makefile
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install $(TORCHVISION) --no-deps
 	$(BIN)/pip install setuptools wheel
-	$(BIN)/pip install --no-build-isolation -e .[test,demo]
+	$(BIN)/pip install --no-build-isolation -e .[test,demo,docs]
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/compare.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10
@@ -31,6 +31,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m pdoc -d numpy -o build/docs growkern growkern.training
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -89,6 +89,8 @@ class Settings:
         if self.neurons != "auto" and not (self.neurons.isdecimal() and int(self.neurons) > 0):
             raise ValueError(f"neurons: expected a number ≥ 1 or 'auto', got {self.neurons!r}")
         self.growth_epochs(0)
+        if self.method == "joint" and self.kernel == "full" and self.model != "mlp" and not self.target:
+            raise ValueError(f"kernel: 'joint' needs 'center' for the convolutions of {self.model!r}, got 'full'")
 
     def growth_epochs(self, epoch: int) -> bool:
         """Whether the schedule has a growth step after so many epochs."""
