@@ -5,7 +5,8 @@ usage: python examples/compare.py [--dataset digits|fashion-mnist] [--data-root 
 
 Each of the three spends the same compute: the multiply-adds of all forward and backward passes and, for the grown
 network, of its growth steps. Growth sees training images only; the test images only measure. With --validation a
-sixth of the training images stands for the test images: the plans below were chosen so.
+sixth of the training images stands for the test images: the plans below were chosen so. Called again with the --out of
+a comparison that was interrupted, it goes on with it.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import growkern
-from growkern.training import Settings, Watcher, train
+from growkern.training import Settings, Watcher, resume, train
 from growkern.training.report import write_report
 
 KINDS = ("grown", "fixed", "tiny")
@@ -39,14 +40,14 @@ PLANS = {
     },
     ("digits", "cnn"): {
         "width": 2, "neurons": "2", "schedule": "every:2", "measured": 128, "max_parameters": 1700,
-        "compute": 6e6, "batch": 64, "learning_rate": 1e-2, "weight_decay": 0.5,
+        "compute": 1.5e6, "batch": 64, "learning_rate": 1e-2, "weight_decay": 0.5,
     },
     ("fashion-mnist", "mlp"): {
         "width": 4, "neurons": "4", "schedule": "every:4", "measured": 1024, "max_parameters": 14000,
         "compute": 3e6, "batch": 256, "learning_rate": 3e-3, "weight_decay": 0.3,
     },
     ("fashion-mnist", "cnn"): {
-        "width": 4, "neurons": "4", "schedule": "every:1", "measured": 1024, "max_parameters": 6300,
+        "width": 4, "neurons": "8", "schedule": "every:1", "measured": 512, "max_parameters": 3900,
         "compute": 1.2e7, "batch": 128, "learning_rate": 1e-2, "weight_decay": 0.1,
     },
 }  # fmt: skip
@@ -80,7 +81,10 @@ def run(settings, kinds, folder, messages):
         if kind == "fixed":
             own |= {"like": str(folder / f"{settings['model']}-grown-seed{settings['seed']}")}
         key = f"{settings['model']}-{kind}-seed{settings['seed']}"
-        train(Settings(**settings | own, name=f"{settings['model']} {kind}"), folder / key, [Teller(key, messages)])
+        if (folder / key / "checkpoint.safetensors").exists():
+            resume(folder / key, [Teller(key, messages)])
+        else:
+            train(Settings(**settings | own, name=f"{settings['model']} {kind}"), folder / key, [Teller(key, messages)])
         messages.put((key, 1.0, None))
 
 
@@ -97,7 +101,7 @@ def run_all(plans, seeds, folder, console):
         messages = manager.Queue()
         jobs = [
             pool.apply_async(run, ({**plan, "seed": seed}, kinds, folder, messages))
-            for kinds in (("tiny",), ("grown", "fixed"))  # the longest first
+            for kinds in (("grown", "fixed"), ("tiny",))
             for plan in reversed(plans)
             for seed in range(seeds)
         ]
@@ -117,7 +121,7 @@ def run_all(plans, seeds, folder, console):
             else:
                 progress.update(bars[key], completed=min(share, 1.0))
                 if share >= 1 and not console.is_terminal:
-                    console.print(f"{key}: {last[key]}", highlight=False)
+                    console.print(f"{key}: {last.get(key, 'was complete')}", highlight=False)
         for job in jobs:
             job.get()
 
@@ -232,7 +236,7 @@ def main():
     seconds, rows = time.perf_counter() - start, rows_of(out, plans, args.seeds)
     lines = summarise(rows)
     facts = {
-        "command": " ".join(["python", *sys.argv]), "seconds": round(seconds, 1), "cores": os.cpu_count(),
+        "command": " ".join(["python", *sys.argv]), "cores": os.cpu_count(),
         "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
         "growkern": growkern.__version__, "plans": {plan["model"]: asdict(Settings(**plan)) for plan in plans},
         "summary": lines,

@@ -17,8 +17,8 @@ from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
 from growkern.neurons import METHODS, NewNeurons, check_options, granularity, solve
-from growkern.probe import LossFn, Passes, to_device
-from growkern.sites import GrowthSite, find_sites, logger, resolve
+from growkern.probe import LossFn, Passes, reachable_sites
+from growkern.sites import GrowthSite, resolve
 from growkern.surgery import apply, trial
 
 # Amplitudes of the line search; the second grid is for when the first has none that lowers the loss.
@@ -314,14 +314,3 @@ class Grower:
 def _pays(moments: Moments, new: NewNeurons) -> bool:
     """Whether new weights remove more per parameter than the consumer's existing ones still can."""
     return new.removed * new.best_update.numel() > new.reachable * len(new) * moments.unit_parameters
-
-
-def reachable_sites(passes: Passes, kernel: str) -> list[GrowthSite]:
-    """Sites of a model that the loss sends a gradient to, and to which `kernel` applies; the others are logged."""
-    found = find_sites(passes.model, to_device(passes.batches[0], passes.device)[0])
-    if kernel == "center":
-        found = [site for site in found if not resolve(passes.model, site).between.flatten]
-    reached = passes.reached(found)
-    for site in set(found) - set(reached):
-        logger.info("%s is left out: no gradient of the loss reaches it", site)
-    return reached

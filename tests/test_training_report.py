@@ -126,8 +126,10 @@ def test_a_run_that_has_no_epoch_yet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "log"),
-    [([3.0], False), ([0.0, 0.0], False), ([1.0, 5.0, 2.0], False), ([-3.0, 4.0], False), ([1e-7, 3e6], True)]
-    + [([5.0, 5.0], True), ([100, 130], True), ([0.0, 10.0], True), ([1e9, 2e9], False), ([], True)],
+    [
+        *(([3.0], False), ([0.0, 0.0], False), ([1.0, 5.0, 2.0], False), ([-3.0, 4.0], False), ([1e-7, 3e6], True)),
+        *(([5.0, 5.0], True), ([100, 130], True), ([0.0, 10.0], True), ([1e9, 2e9], False), ([], True)),
+    ],
 )
 def test_axes_hold_their_values_and_have_ticks(values: list[float], log: bool) -> None:
     chosen = axis(values, log)

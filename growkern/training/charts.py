@@ -74,7 +74,7 @@ class Axis:
                 found = [v for v in found if self.low <= v <= self.high]
                 if len(found) >= 3:
                     return found
-        rough = (self.high - self.low) / 5
+        rough = (self.high - self.low) / 6
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * s for s in (1, 2, 5, 10) if unit * s >= rough)
         first_step = math.ceil(self.low / step - 1e-9)
