@@ -28,7 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import growkern
-from growkern.training import Settings, Watcher, resume, train
+from growkern.training import Run, Settings, Watcher, resume, train
 from growkern.training.report import write_report
 
 KINDS = ("grown", "fixed", "tiny")
@@ -81,10 +81,13 @@ def run(settings, kinds, folder, messages):
         if kind == "fixed":
             own |= {"like": str(folder / f"{settings['model']}-grown-seed{settings['seed']}")}
         key = f"{settings['model']}-{kind}-seed{settings['seed']}"
-        if (folder / key / "checkpoint.safetensors").exists():
+        wanted = Settings(**settings | own, name=f"{settings['model']} {kind}")
+        if not (folder / key / "config.json").exists():
+            train(wanted, folder / key, [Teller(key, messages)])
+        elif Run(folder / key).settings == wanted.anchored():
             resume(folder / key, [Teller(key, messages)])
         else:
-            train(Settings(**settings | own, name=f"{settings['model']} {kind}"), folder / key, [Teller(key, messages)])
+            raise ValueError(f"{folder / key} was made with other settings; choose another --out")
         messages.put((key, 1.0, None))
 
 
@@ -132,11 +135,8 @@ def rows_of(folder, plans, seeds):
     for model in (plan["model"] for plan in plans):
         for kind in KINDS:
             for seed in range(seeds):
-                place = folder / f"{model}-{kind}-seed{seed}"
-                epochs, growth = (
-                    [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-                    for path in (place / "metrics.jsonl", place / "growth.jsonl")
-                )
+                found = Run(folder / f"{model}-{kind}-seed{seed}")
+                epochs, growth = found.records("metrics.jsonl"), found.records("growth.jsonl")
                 end = epochs[-1]
                 rows.append({
                     "model": model, "kind": kind, "seed": seed, "widths": list(end["widths"].values()),

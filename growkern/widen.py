@@ -37,14 +37,19 @@ def widen(
     Raises
     ------
     ValueError
-        If a name is not that of a site, or a site is wider already.
+        If a name is not that of a site, or a site is wider already, or grows by groups. Nothing has changed then.
     """
+    granules = {site.name: resolve(model, site).between.multiple for site in sites}
     units = {site.name: resolve(model, site).units for site in sites}
     for name, wanted in widths.items():
         if name not in units:
             raise ValueError(f"widths: {name!r} is no site of the model; there are {', '.join(units) or 'none'}")
         if wanted < units[name]:
             raise ValueError(f"widths: {name!r} has {units[name]} units already, more than {wanted}")
+        if multiple := (wanted - units[name]) % granules[name]:
+            raise ValueError(
+                f"widths: {name!r} grows by multiples of {granules[name]} units; {wanted} leaves {multiple}"
+            )
     for site in sites:
         if count := widths.get(site.name, units[site.name]) - units[site.name]:
             apply(model, _silent(model, site, count), optimizer=optimizer)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from growkern.training import Run, Settings, train
 from growkern.training.charts import Axis, Chart, Series, axis, legend, short, svg
@@ -29,6 +32,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
+        self.seen: list[str] = []
         self.text: list[str] = []
         self.links: list[str] = []
         self.feed(text)
@@ -36,8 +40,12 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+        self.seen.append(f"<{tag}")
         if tag not in VOID:
             self.open.append(tag)
+
+    def get_starttag_text_of_all(self) -> str:
+        return " ".join(self.seen)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
@@ -49,8 +57,6 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    import torch
-
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
@@ -93,6 +99,34 @@ def test_runs_without_names_are_named_by_what_differs(tmp_path: Path) -> None:
         train(Settings(**PLAN | {"width": width, "epochs": 1}), tmp_path / str(width))
     assert [story.label for story in read([tmp_path / "2", tmp_path / "3"])] == ["width 2", "width 3"]
     assert [story.label for story in read([tmp_path / "2"])] == ["2"]
+
+
+def test_runs_that_differ_in_seed_alone_are_one_row(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(Settings(**PLAN | {"seed": seed, "epochs": 1}), tmp_path / str(seed))
+    stories = read([tmp_path / "0", tmp_path / "1"])
+    assert {story.label for story in stories} == {"mlp, tiny"}
+    assert "±" in page(stories)
+
+
+def test_odd_records_do_not_break_a_page(folders: list[Path], tmp_path: Path) -> None:
+    """No accuracy, infinite losses, markup in versions."""
+    copy = tmp_path / "odd"
+    shutil.copytree(folders[0], copy)
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    for line, value in zip(lines, (math.inf, math.nan, 0.5), strict=True):
+        del line["accuracy"]
+        line["test_loss"] = value
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = (copy / "config.json").read_text().replace(torch.__version__, "<script>")
+    (copy / "config.json").write_text(config.replace("grown <b>", "cost $\\\\foo$"))
+    for chosen in ([copy], [folders[0], copy], [copy, folders[0]]):
+        text = page(read(chosen))
+        assert "<script" not in Page(text).get_starttag_text_of_all()
+        assert "nan" not in "".join(re.findall(r"<svg.*?</svg>", text))
+        write_pictures(chosen, tmp_path / "page.html")
+    with pytest.raises(ValueError, match=r"out: .* is a folder"):
+        write_report([copy], tmp_path)
 
 
 def test_charts_hold_what_the_run_recorded(folders: list[Path]) -> None:

@@ -56,6 +56,17 @@ class StopAt(Watcher):
             raise Interrupted
 
 
+class StopNow(Watcher):
+    """Interrupts a run before its first batch."""
+
+    def start(self, progress: Any, parameters: int) -> None:
+        raise Interrupted
+
+
+def _fails(*args: Any) -> None:
+    raise Interrupted
+
+
 def outcome(run: Run) -> tuple[Any, ...]:
     """Everything that a finished run left, but the wall time."""
     tensors, facts = run.load()
@@ -123,21 +134,89 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_offered(tmp_path: 
     assert_same_outcome(outcome(resume(run.folder, use_previous=True)), expected)
 
 
+def test_going_back_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sound checkpoint takes the place of the damaged one before anything else is written."""
+    run = train(Settings(**SMALL), tmp_path / "run")
+    expected = outcome(run)
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-10])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", _fails)
+        with pytest.raises(Interrupted):
+            resume(run.folder, use_previous=True)
+    assert_same_outcome(outcome(resume(run.folder)), expected)
+
+
+def test_going_back_from_a_sound_checkpoint_keeps_every_line(tmp_path: Path) -> None:
+    run = train(Settings(**SMALL), tmp_path / "run")
+    expected = outcome(run)
+    with pytest.raises(Interrupted):
+        resume(run.folder, [StopNow()], use_previous=True)
+    assert_same_outcome(outcome(resume(run.folder)), expected)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = outcome(train(Settings(**SMALL), tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", _fails)
+        with pytest.raises(Interrupted):
+            train(Settings(**SMALL), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert_same_outcome(outcome(resume(tmp_path / "run")), expected)
+
+
+def test_lost_metrics_are_not_papered_over(tmp_path: Path) -> None:
+    run = train(Settings(**SMALL), tmp_path / "run")
+    metrics = run.folder / "metrics.jsonl"
+    content = metrics.read_text()
+    for damaged, message in (("", "does not hold epochs 1 to 4"), ("3\n", "no record of an epoch")):
+        metrics.write_text(damaged)
+        with pytest.raises(ValueError, match=message):
+            resume(run.folder)
+        assert metrics.read_text() == damaged
+    metrics.write_text(content)
+    resume(run.folder)
+
+
+def test_settings_that_were_edited_on_the_way(tmp_path: Path) -> None:
+    run = train(Settings(**SMALL), tmp_path / "run")
+    config = run.folder / "config.json"
+    content = config.read_text()
+    config.write_text(content.replace('"weight_decay": 0.01', '"weight_decay": 0.9'))
+    with pytest.raises(ValueError, match=r"has another weight_decay than the checkpoint; only epochs, .* may change"):
+        resume(run.folder)
+    config.write_text(content.replace('"epochs": 4', '"epochs": 6'))
+    assert [record["epoch"] for record in resume(run.folder).records("metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_like_another_goes_on_without_it(tmp_path: Path) -> None:
+    train(Settings(**SMALL), tmp_path / "model")
+    settings = Settings(**SMALL | {"like": str(tmp_path / "model"), "method": "none"})
+    expected = outcome(train(settings, tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "parts", [StopAt(2)])
+    shutil.rmtree(tmp_path / "model")
+    assert_same_outcome(_without_settings(outcome(resume(tmp_path / "parts"))), _without_settings(expected))
+
+
+def _without_settings(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (found[0], {k: v for k, v in found[1].items() if k != "settings"}, found[2])
+
+
 def test_both_checkpoints_damaged(tmp_path: Path) -> None:
     run = train(Settings(**SMALL), tmp_path / "run")
     for path in (run.checkpoint, run.previous):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"checkpoint.*not a complete file") as caught:
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a complete file") as caught:
         resume(run.folder)
     assert "sound" not in str(caught.value)
 
 
 def _train_or_resume(folder: str, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    if (Path(folder) / "checkpoint.safetensors").exists():
+    if (Path(folder) / "config.json").exists():
         resume(folder)
         return
-    shutil.rmtree(folder, ignore_errors=True)  # killed before its first checkpoint: nothing was learned yet
+    shutil.rmtree(folder, ignore_errors=True)  # killed before it was a run
     train(Settings(**settings), folder)
 
 
@@ -214,9 +293,10 @@ def test_a_folder_that_is_no_run(tmp_path: Path, content: str | None, message: s
         resume(tmp_path)
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_state(tmp_path: Path) -> None:
-    settings = Settings(**SMALL | {"optimizer": "sgd", "learning_rate": 1e30})
-    with pytest.raises(ValueError, match=r"loss: it is (nan|inf) in epoch 1; a smaller learning rate"):
+@pytest.mark.parametrize("batch", [128, 2000])  # after many steps; after the last one
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(tmp_path: Path, batch: int) -> None:
+    settings = Settings(**SMALL | {"optimizer": "sgd", "learning_rate": 1e30, "batch": batch})
+    with pytest.raises(ValueError, match=r"loss: it is .* in epoch 1 \(test: .*\); a smaller learning_rate"):
         train(settings, tmp_path / "run")
     tensors, facts = Run(tmp_path / "run").load()
     assert facts["progress"]["epoch"] == 0
@@ -231,7 +311,7 @@ def test_a_finished_model_loads_into_a_fresh_one(tmp_path: Path) -> None:
     run = train(Settings(**SMALL | {"model": "resnet", "epochs": 3, "batch": 512}), tmp_path / "run")
     model = load_model(build("resnet", (1, 8, 8), 10, 2, seed=99), str(run.folder))
     images = load("digits", tmp_path)
-    measured = evaluate(model, Batches(*images.test, 1000), nn.functional.cross_entropy, torch.device("cpu"))
+    measured = evaluate(model, Batches(*images.test, 1000), nn.functional.cross_entropy)
     assert measured["accuracy"] == run.records("metrics.jsonl")[-1]["accuracy"]
     assert len(model[3].conv1.weight) == run.records("metrics.jsonl")[-1]["widths"]["3.conv1"]
 
@@ -292,6 +372,71 @@ def make():
     assert whole.records("metrics.jsonl")[-1]["widths"]["0"] > 3
 
 
+OWN = """
+import growkern
+import torch
+from collections import namedtuple
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, TensorDataset
+from growkern.training import Task
+
+torch.manual_seed(0)
+X, Y = torch.randn(120, 5), torch.randint(3, (120,))
+DATA = TensorDataset(X, Y)
+Pair = namedtuple("Pair", "one two")
+SITES = [growkern.GrowthSite("net.0", "net.2", ("net.1",))]
+
+def model():
+    return nn.Sequential(nn.Linear(5, 2), nn.ReLU(), nn.Linear(2, 3))
+
+class OfDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = model()
+    def forward(self, data):
+        return self.net(data["x"] if isinstance(data, dict) else data[0])
+
+def sampler(): return model(), DataLoader(DATA, 16, sampler=RandomSampler(DATA, generator=torch.Generator()))
+def workers(): return model(), DataLoader(DATA, 16, shuffle=True, num_workers=1)
+def subset(): return model(), DataLoader(DATA, 10, sampler=SubsetRandomSampler(range(25)), drop_last=True)
+def dictionaries():
+    batches = [({"x": x}, {"y": y}) for x, y in zip(X.split(30), Y.split(30))]
+    return Task(OfDict(), batches, batches, lambda z, t: nn.functional.cross_entropy(z, t["y"]), SITES)
+def tuples():
+    batches = [(Pair(x, x), y) for x, y in zip(X.split(30), Y.split(30))]
+    return Task(OfDict(), batches, sites=SITES)
+class Stream(IterableDataset):
+    def __iter__(self): return iter([(x, y) for x, y in DATA])
+def stream(): return model(), Stream()
+def late():
+    import helper_of_own
+    return model(), DATA
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "samples"),
+    [
+        *(("sampler", 120), ("workers", 120), ("subset", 20), ("dictionaries", 120), ("tuples", 120)),
+        *(("stream", 120), ("late", 120)),
+    ],
+)
+def test_tasks_of_many_kinds(tmp_path: Path, function: str, samples: int) -> None:
+    """Each is interrupted and goes on bit-identically; the cost per sample is that of the model alone."""
+    (tmp_path / "queue.py").write_text(OWN)  # the name of a standard module
+    (tmp_path / "helper_of_own.py").write_text("")
+    settings = Settings(
+        **SMALL | {"target": f"{tmp_path / 'queue.py'}:{function}", "schedule": "3", "epochs": 4, "batch": 16}
+    )
+    whole = train(settings, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "parts", [StopAt(2)] if samples > 20 else [StopAt(1)])
+    assert_same_outcome(outcome(resume(tmp_path / "parts")), outcome(whole))
+    per_sample = 2 * (5 * 2 + 2 * 3) + 2 * 3  # forward, gradients of both weights, and of the hidden layer
+    assert whole.records("metrics.jsonl")[0]["compute"] == pytest.approx(per_sample)
+    assert samples
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -309,7 +454,9 @@ def test_time_goes_on_over_interruptions(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(Settings(**SMALL), tmp_path / "run", [StopAt(2)])
     before = Run(tmp_path / "run").records("metrics.jsonl")[-1]["seconds"]
-    time.sleep(0.2)
+    time.sleep(3)
+    started = time.monotonic()
     seconds = [record["seconds"] for record in resume(tmp_path / "run").records("metrics.jsonl")]
     assert seconds == sorted(seconds)
     assert seconds[1] == before
+    assert seconds[-1] - before <= time.monotonic() - started

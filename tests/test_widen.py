@@ -45,6 +45,16 @@ def test_the_optimizer_follows_and_unnamed_sites_stay() -> None:
     assert optimizer.state[model[0].weight]["exp_avg"].shape == (7, 4)
 
 
+def test_part_of_a_group_changes_nothing() -> None:
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Conv2d(4, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.Conv2d(4, 2, 1))
+    sites = gk.find_sites(model, torch.randn(2, 3, 8, 8))
+    before = picture(model)
+    with pytest.raises(ValueError, match="'3' grows by multiples of 2 units"):
+        gk.widen(model, sites, {"0": 6, "3": 7})
+    assert_same(before, picture(model))
+
+
 @pytest.mark.parametrize(
     ("widths", "message"),
     [({"9": 8}, "'9' is no site of the model; there are 0"), ({"0": 2}, "'0' has 3 units already")],

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 
 class Batches:
@@ -27,7 +28,6 @@ class Batches:
 
     def __init__(self, inputs: Tensor, targets: Tensor, size: int, generator: torch.Generator | None = None) -> None:
         self.inputs, self.targets, self.size, self.generator = inputs, targets, size, generator
-        self.dataset = inputs  # as a DataLoader names what it passes over
 
     def __len__(self) -> int:
         return math.ceil(len(self.inputs) / self.size)
@@ -57,7 +57,17 @@ def to_device(data: Any, device: torch.device) -> Any:
         return data.to(device)
     if isinstance(data, dict):
         return {key: to_device(value, device) for key, value in data.items()}
-    return type(data)(to_device(value, device) for value in data) if isinstance(data, tuple | list) else data
+    if not isinstance(data, tuple | list):
+        return data
+    moved = [to_device(value, device) for value in data]
+    return type(data)(*moved) if hasattr(data, "_fields") else type(data)(moved)
+
+
+def batch_size(targets: Any) -> int:
+    """Count the samples of a batch: the length of its first tensor."""
+    while isinstance(targets, dict | tuple | list) and not isinstance(targets, Tensor):
+        targets = next(iter(targets.values() if isinstance(targets, dict) else targets))
+    return len(targets)
 
 
 def seed_all(seed: int, epoch: int, batches: Any) -> None:
@@ -66,8 +76,10 @@ def seed_all(seed: int, epoch: int, batches: Any) -> None:
     torch.manual_seed(state)
     np.random.seed(state)  # noqa: NPY002  (a user's data set may draw from it)
     random.seed(state)
-    if isinstance(generator := getattr(batches, "generator", None), torch.Generator):
-        generator.manual_seed(state)
+    for owner in (batches, *(getattr(batches, name, None) for name in ("sampler", "batch_sampler"))):
+        for each in (owner, getattr(owner, "sampler", None)):
+            if isinstance(generator := getattr(each, "generator", None), torch.Generator):
+                generator.manual_seed(state)
 
 
 def first_batch(batches: Iterable[tuple[Any, Any]], device: torch.device) -> tuple[Any, Any]:
@@ -75,14 +87,20 @@ def first_batch(batches: Iterable[tuple[Any, Any]], device: torch.device) -> tup
     batch = next(iter(batches), None)
     if batch is None:
         raise ValueError("train: it holds no batch")
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"train: expected (input, target) pairs, got {type(batch).__name__} of {len(batch)}")
     inputs, targets = batch
     return to_device(inputs, device), to_device(targets, device)
 
 
 def count_samples(batches: Any) -> int:
     """Count the samples of one pass over the data."""
-    dataset: Any = getattr(batches, "dataset", None)
-    return len(dataset) if hasattr(dataset, "__len__") else sum(len(targets) for _, targets in batches)
+    if isinstance(batches, Batches):
+        return len(batches.inputs)
+    sampler: Any = getattr(batches, "sampler", None)
+    if isinstance(batches, DataLoader) and batches.batch_size and hasattr(sampler, "__len__"):
+        return len(sampler) // batches.batch_size * batches.batch_size if batches.drop_last else len(sampler)
+    return sum(batch_size(targets) for _, targets in batches)
 
 
 def take(batches: Iterable[tuple[Any, Any]], samples: int) -> list[tuple[Any, Any]]:
@@ -90,7 +108,7 @@ def take(batches: Iterable[tuple[Any, Any]], samples: int) -> list[tuple[Any, An
     chosen, seen = [], 0
     for inputs, targets in batches:
         chosen.append((inputs, targets))
-        seen += len(targets)
+        seen += batch_size(targets)
         if seen >= samples:
             break
     return chosen

@@ -6,6 +6,7 @@ Random numbers of an epoch depend on the seed and the epoch alone, so there is n
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from growkern import Grower, GrowthSite, widen
 from growkern.training.run import Run
+
+MAY_CHANGE = ("epochs", "compute", "device", "threads", "data_root", "download", "tensorboard", "name", "like")
 
 
 @dataclass
@@ -56,6 +59,7 @@ class State:
                 else:
                     scalars.setdefault(str(index), {})[name] = value
         facts = {
+            "settings": dataclasses.asdict(run.settings),
             "progress": dataclasses.asdict(self.progress),
             "grower": self.grower.state_dict(),
             "widths": widths(self.model, self.grower),
@@ -79,6 +83,12 @@ class State:
             If it is damaged, or does not fit the model.
         """
         tensors, facts = run.load(use_previous)
+        now = dataclasses.asdict(run.settings)
+        if changed := [name for name in now if now[name] != facts["settings"].get(name) and name not in MAY_CHANGE]:
+            raise ValueError(
+                f"run: {run.folder / 'config.json'} has another {', '.join(changed)} than the checkpoint; "
+                f"only {', '.join(MAY_CHANGE)} may change on the way"
+            )
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
@@ -95,6 +105,8 @@ class State:
             state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]["groups"]})
         self.progress = Progress(**facts["progress"])
+        if use_previous:
+            run.use_previous()
 
 
 def widths(model: nn.Module, grower: Grower) -> dict[str, int]:
@@ -102,20 +114,20 @@ def widths(model: nn.Module, grower: Grower) -> dict[str, int]:
     return {site.name: len(model.get_submodule(site.producer).weight) for site in grower.sites or ()}  # type: ignore[arg-type]
 
 
-def load_model(model: nn.Module, folder: str) -> nn.Module:
+def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Give a freshly built model the widths and weights of a run.
 
     Parameters
     ----------
     model : nn.Module
         The model as it was before it grew; changed in place.
-    folder : str
+    folder : path
         Run directory.
 
     Returns
     -------
     nn.Module
-        The same model, as the run left it.
+        The same model, as the run left it. What is no run, or does not fit the model, is a ValueError.
     """
     tensors, facts = Run(folder).load()
     sites = [GrowthSite(s["producer"], s["consumer"], tuple(s["between"])) for s in facts["grower"]["sites"]]

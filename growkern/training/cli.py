@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import shlex
 import sys
 import typing
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from growkern.training.settings import Settings, read_toml
+from growkern.training.settings import NEVER, Settings, read_toml
 
 app = typer.Typer(
     add_completion=False,
@@ -63,6 +64,16 @@ def main() -> None:
     sys.exit(code or 0)
 
 
+@app.callback()
+def common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Grow neural networks while they train."""
+
+
+def say(text: str) -> None:
+    """Print a line as it is, however long."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _with_settings(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for every setting, in place of its ``**options``."""
 
@@ -107,13 +118,16 @@ def grow(
     **options: Any,
 ) -> None:
     """Train and grow your own model on your own data."""
-    if not (target or resume or config):
-        raise ValueError("target: expected module:function, or --resume with a run to go on with")
-    _train(config, out, resume, previous, options | {"target": target or None})
+    _train(config, out, resume, previous, options | {"target": target or None}, command="grow")
 
 
 def _train(
-    config: Path | None, folder: Path | None, resume: Path | None, previous: bool, options: dict[str, Any]
+    config: Path | None,
+    folder: Path | None,
+    resume: Path | None,
+    previous: bool,
+    options: dict[str, Any],
+    command: str = "train",
 ) -> None:
     from growkern.training import loop
     from growkern.training.display import Display, TensorBoard
@@ -127,6 +141,13 @@ def _train(
     if previous and not resume:
         raise ValueError("previous: it says from which checkpoint to go on, and needs --resume")
     settings = Run(resume).settings if resume else Settings(**((read_toml(config) if config else {}) | given))
+    if command == "grow" and not settings.target:
+        raise ValueError("target: expected module:function, or --resume with a run to go on with")
+    if settings.method != NEVER and not settings.ever_grows():
+        out.print(
+            f"[yellow]note:[/] no growth step falls within the first {settings.grow_until:.0%} of "
+            f"{settings.epochs} epochs; see --schedule and --grow-until"
+        )
     folder = resume or folder or _free_folder(settings)
     watchers: list[loop.Watcher] = [TensorBoard(folder / "tensorboard")] if settings.tensorboard else []
     try:
@@ -137,9 +158,9 @@ def _train(
                 run = loop.train(settings, folder, [display, *watchers])
     except KeyboardInterrupt:
         if (folder / "checkpoint.safetensors").exists():
-            out.print(f"stopped; go on with: growkern train --resume {folder}")
+            say(f"stopped; go on with: growkern {command} --resume {shlex.quote(str(folder))}")
         raise
-    out.print(f"report: {write_report([run.folder], run.folder / 'report.html')}")
+    say(f"report: {write_report([run.folder], run.folder / 'report.html')}")
 
 
 def _free_folder(settings: Settings) -> Path:
@@ -185,7 +206,7 @@ def bottlenecks(
 def report(
     runs: Runs,
     out_file: Annotated[
-        Path | None, typer.Option("--out", help="HTML file; by default report.html in the first run.")
+        Path | None, typer.Option("--out", help="HTML file; by default the run's report.html, or runs/comparison.html.")
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Also write each chart as a PNG beside it.")] = False,
 ) -> None:
@@ -193,12 +214,12 @@ def report(
     from growkern.training.report import write_report
 
     path = out_file or (runs[0] / "report.html" if len(runs) == 1 else Path("runs") / "comparison.html")
-    out.print(f"report: {write_report(runs, path)}")
+    say(f"report: {write_report(runs, path)}")
     if png:
         from growkern.training.pictures import write_pictures
 
         for picture in write_pictures(runs, path):
-            out.print(f"picture: {picture}")
+            say(f"picture: {picture}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import growkern.ops  # noqa: F401  (defines the ops that are counted)
+from growkern.training.batches import batch_size
 
 Result = TypeVar("Result")
 
@@ -49,4 +50,4 @@ def cost_per_sample(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[
     twin, (inputs, targets) = copy.deepcopy(model), batch
     with torch.random.fork_rng():
         cost, _ = multiply_adds(lambda: loss_fn(twin(inputs), targets).backward())
-    return cost / len(targets)
+    return cost / batch_size(targets)

@@ -44,7 +44,8 @@ class Display(Watcher):
     def start(self, progress: RunProgress, parameters: int) -> None:
         """Say from where it goes on, and how large the network is."""
         begins = f"going on after epoch {progress.epoch}" if progress.epoch else "starting"
-        self.console.print(f"{self.folder}: {begins} with {parameters:,} parameters", highlight=False)
+        text = f"{self.folder}: {begins} with {parameters:,} parameters"
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def batch(self, share: float) -> None:
         """Move the bar."""
@@ -52,9 +53,12 @@ class Display(Watcher):
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Show how an epoch ended."""
-        score = f"{record['accuracy']:.2f}%" if "accuracy" in record else f"{record.get('test_loss', float('nan')):.4g}"
-        name = "accuracy" if "accuracy" in record else "test loss"
-        text = f"loss {record['loss']:.4f}  {name} {score}  {record['parameters']:,} parameters"
+        text = f"loss {record['loss']:.4f}  "
+        if "accuracy" in record:
+            text += f"accuracy {record['accuracy']:.2f}%  "
+        elif "test_loss" in record:
+            text += f"test loss {record['test_loss']:.4g}  "
+        text += f"{record['parameters']:,} parameters"
         self.bar.update(self.task, description=f"epoch {record['epoch']}", text=text)
         if not self.console.is_terminal:
             self.console.print(f"epoch {record['epoch']:>3}  {text}  {record['seconds']:.1f} s")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from growkern import Grower, GrowthEvent
-from growkern.training import tasks
-from growkern.training.batches import choose_device, count_samples, first_batch, seed_all, take, to_device
-from growkern.training.checkpoint import Progress, State, widths
+from growkern.training.batches import batch_size, count_samples, seed_all, take, to_device
+from growkern.training.checkpoint import Progress, widths
 from growkern.training.cost import cost_per_sample, multiply_adds
+from growkern.training.prepare import Start, prepare
 from growkern.training.run import Run
 from growkern.training.settings import NEVER, Settings
 
@@ -63,10 +63,11 @@ def train(settings: Settings, folder: str | os.PathLike[str], watchers: Sequence
         If the folder is taken, data or model cannot be had, or the loss is no longer finite.
     """
     Run.check_free(folder)
-    task, state, first = _prepare(settings)
+    settings = settings.anchored()
+    start = prepare(settings)
     run = Run.create(folder, settings)
-    state.save(run)
-    _go_on(run, task, state, first, watchers)
+    start.state.save(run)
+    _go_on(run, start, watchers)
     return run
 
 
@@ -93,92 +94,95 @@ def resume(folder: str | os.PathLike[str], watchers: Sequence[Watcher] = (), *, 
         As `train` does, and if there is no run or its checkpoint is damaged.
     """
     run = Run(folder)
-    task, state, first = _prepare(run.settings)
-    state.restore(run, use_previous)
-    run.rewind(state.progress.epoch)
-    _go_on(run, task, state, first, watchers)
+    start = prepare(dataclasses.replace(run.settings, like=""))  # the checkpoint knows the widths
+    if run.has_checkpoint():
+        start.state.restore(run, use_previous)
+        run.rewind(start.state.progress.epoch)
+    else:  # it was stopped before it could write one
+        start.state.save(run)
+    _go_on(run, start, watchers)
     return run
 
 
-def _prepare(settings: Settings) -> tuple[tasks.Task, State, tuple[Any, Any]]:
-    """Task and state before the first epoch, and one batch to measure costs on."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    device = choose_device(settings.device)
-    task = tasks.make(settings, device)
-    seed_all(settings.seed, 0, task.train)
-    model = task.model.to(device)
-    optimizer = make_optimizer(model, settings)
-    state = State(model, optimizer, make_grower(task, optimizer, settings), Progress())
-    first = first_batch(task.train, device)
-    state.grower.locate([first])
-    return task, state, first
-
-
-def _go_on(run: Run, task: tasks.Task, state: State, first: tuple[Any, Any], watchers: Sequence[Watcher]) -> None:
-    """Train from a state to the end of the budget."""
-    settings, progress, model, optimizer = run.settings, state.progress, state.model, state.optimizer
-    device, samples = next(model.parameters()).device, count_samples(task.train)
-    cost = cost_per_sample(model, first, task.loss_fn)
+def _go_on(run: Run, start: Start, watchers: Sequence[Watcher]) -> None:
+    """Train from a state to the end of the budget: an epoch, its measurement, growth, a checkpoint, and again."""
+    settings, task, state = run.settings, start.task, start.state
+    progress, model, samples = state.progress, state.model, count_samples(start.task.train)
+    cost = cost_per_sample(model, start.first, task.loss_fn)
+    if settings.compute and not cost:
+        raise ValueError("compute: nothing of this model is counted as multiply-adds; give epochs instead")
     for watcher in watchers:
         watcher.start(progress, count_parameters(model))
 
-    def share_of_budget(of_epoch: float = 0.0) -> float:
-        return (
-            progress.compute / settings.compute if settings.compute else (progress.epoch + of_epoch) / settings.epochs
-        )
-
-    while share_of_budget() < 1:
-        started, total, seen = time.perf_counter(), torch.zeros((), device=device), 0
-        model.train()
-        seed_all(settings.seed, progress.epoch + 1, task.train)
-        for inputs, targets in task.train:
-            share = share_of_budget(seen / samples)
-            if share >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * share)) / 2
-            inputs, targets = to_device(inputs, device), to_device(targets, device)
-            optimizer.zero_grad()
-            loss = task.loss_fn(model(inputs), targets)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(targets)
-            seen += len(targets)
-            progress.compute += cost * len(targets) / samples
-            for watcher in watchers:
-                watcher.batch(share)
-        progress.epoch += 1
-        if not torch.isfinite(total):
+    while share_of_budget(settings, progress) < 1:
+        started = time.perf_counter()
+        loss = train_epoch(settings, start, cost / samples, samples, watchers)
+        measured = evaluate(model, task.test, task.loss_fn)
+        if not all(
+            map(math.isfinite, (loss, *measured.values(), *(p.detach().sum().item() for p in model.parameters())))
+        ):
             raise ValueError(
-                f"loss: it is {total.item()} in epoch {progress.epoch}; a smaller learning rate than "
-                f"{settings.learning_rate} may help. {run.checkpoint} holds the state before that epoch"
+                f"loss: it is {loss} in epoch {progress.epoch} (test: {measured.get('test_loss', 'none')}); "
+                f"a smaller learning_rate than {settings.learning_rate} may help, or the data hold NaN. "
+                f"{run.checkpoint} holds the state before that epoch"
             )
-        measured = evaluate(model, task.test, task.loss_fn, device)
         progress.seconds += time.perf_counter() - started
         record = {
-            **dataclasses.asdict(progress), "loss": total.item() / seen, **measured,
+            **dataclasses.asdict(progress), "loss": loss, **measured,
             "parameters": count_parameters(model), "widths": widths(model, state.grower),
         }  # fmt: skip
         run.append("metrics.jsonl", record)
         for watcher in watchers:
             watcher.epoch(record)
-        if (
-            settings.method != NEVER
-            and settings.growth_epochs(progress.epoch)
-            and share_of_budget() < settings.grow_until
-        ):
+        is_time = settings.growth_epochs(progress.epoch) and share_of_budget(settings, progress) < settings.grow_until
+        if settings.method != NEVER and is_time:
             started = time.perf_counter()
             event, spent = grow(state.grower, task.train, settings.measured)
             progress.compute += spent / samples
             progress.seconds += time.perf_counter() - started
-            cost = cost_per_sample(model, first, task.loss_fn)
-            run.append(
-                "growth.jsonl", {"epoch": progress.epoch, "compute": progress.compute, **dataclasses.asdict(event)}
-            )
+            cost = cost_per_sample(model, start.first, task.loss_fn)
+            record = {"epoch": progress.epoch, "compute": progress.compute, **dataclasses.asdict(event)}
+            run.append("growth.jsonl", record)
             for watcher in watchers:
                 watcher.growth(progress.epoch, event)
         state.save(run)
+
+
+def share_of_budget(settings: Settings, progress: Progress, of_epoch: float = 0.0) -> float:
+    """Share of the compute, or of the epochs, that is spent; 1 or more at the end."""
+    if settings.compute:
+        return progress.compute / settings.compute
+    return (progress.epoch + of_epoch) / settings.epochs
+
+
+def train_epoch(settings: Settings, start: Start, cost: float, samples: int, watchers: Sequence[Watcher]) -> float:
+    """One pass over the training data, or less where the budget ends; returns the mean loss."""
+    model, optimizer, progress = start.state.model, start.state.optimizer, start.state.progress
+    device = next(model.parameters()).device
+    total, seen = torch.zeros((), device=device), 0
+    seed_all(settings.seed, progress.epoch + 1, start.task.train)
+    model.train()
+    for inputs, targets in start.task.train:
+        share = share_of_budget(settings, progress, seen / samples)
+        if share >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * share)) / 2
+        inputs, targets = to_device(inputs, device), to_device(targets, device)
+        optimizer.zero_grad()
+        loss = start.task.loss_fn(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        size = batch_size(targets)
+        total += loss.detach() * size
+        seen += size
+        progress.compute += cost * size
+        for watcher in watchers:
+            watcher.batch(share)
+    progress.epoch += 1
+    if not seen:
+        raise ValueError(f"train: it held no batch in epoch {progress.epoch}; it must be readable more than once")
+    return total.item() / seen
 
 
 def grow(grower: Grower, batches: Iterable[tuple[Any, Any]], measured: int) -> tuple[GrowthEvent, float]:
@@ -190,59 +194,23 @@ def grow(grower: Grower, batches: Iterable[tuple[Any, Any]], measured: int) -> t
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Any, Any]] | None,
-    loss_fn: Callable[[Any, Any], Tensor],
-    device: torch.device,
+    model: nn.Module, batches: Iterable[tuple[Any, Any]] | None, loss_fn: Callable[[Any, Any], Tensor]
 ) -> dict[str, float]:
     """Mean loss on held-out batches and, where outputs are classes, accuracy in percent; nothing without batches."""
+    device = next(model.parameters()).device
     model.eval()
-    loss, correct, seen = 0.0, 0, 0
-    is_classification = False
+    loss, correct, seen, has_classes = 0.0, 0, 0, False
     for inputs, targets in batches or ():
         inputs, targets = to_device(inputs, device), to_device(targets, device)
-        outputs = model(inputs)
-        loss += loss_fn(outputs, targets).item() * len(targets)
-        seen += len(targets)
-        if (
-            isinstance(outputs, Tensor)
-            and outputs.dim() == 2
-            and targets.dim() == 1
-            and not targets.is_floating_point()
-        ):
-            is_classification = True
+        outputs, size = model(inputs), batch_size(targets)
+        loss += loss_fn(outputs, targets).item() * size
+        seen += size
+        if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and (outputs.dim(), targets.dim()) == (2, 1):
+            has_classes = not targets.is_floating_point()
             correct += int((outputs.argmax(1) == targets).sum())
     model.train()
     measured = {"test_loss": loss / seen} if seen else {}
-    return measured | ({"accuracy": 100 * correct / seen} if is_classification else {})
-
-
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Make the optimizer that settings name, over all parameters."""
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay
-        )
-    betas, decay = (0.9, settings.beta2), settings.weight_decay
-    return torch.optim.AdamW(model.parameters(), settings.learning_rate, betas, weight_decay=decay, fused=True)
-
-
-def make_grower(task: tasks.Task, optimizer: torch.optim.Optimizer, settings: Settings) -> Grower:
-    """Make the grower that settings describe."""
-    return Grower(
-        task.model,
-        optimizer,
-        task.loss_fn,
-        sites=task.sites,
-        method="tiny" if settings.method == NEVER else settings.method,
-        neurons="auto" if settings.neurons == "auto" else int(settings.neurons),
-        where=settings.where,
-        when="pays" if settings.schedule == "pays" else "always",
-        kernel=settings.kernel,
-        paired=settings.paired,
-        max_neurons=settings.max_neurons or None,
-        max_parameters=settings.max_parameters or None,
-    )
+    return measured | ({"accuracy": 100 * correct / seen} if has_classes else {})
 
 
 def count_parameters(model: nn.Module) -> int:

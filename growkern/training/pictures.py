@@ -37,6 +37,7 @@ def write_pictures(folders: Sequence[Path], beside: Path) -> list[Path]:
     except ImportError:
         raise ValueError("png: needs matplotlib: pip install growkern[report]") from None
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names are text
     from matplotlib import pyplot
 
     stories, written = read(folders), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -15,6 +16,9 @@ from growkern.training.charts import RUNS, Chart, Series, along, legend, short, 
 from growkern.training.run import Run
 from growkern.training.settings import NEVER
 
+# Settings in which runs may differ and still be repetitions of one another.
+ALIKE = ("seed", "like", "name", "threads", "device", "data_root", "download", "tensorboard")
+
 
 @dataclasses.dataclass(frozen=True)
 class Story:
@@ -26,15 +30,15 @@ class Story:
     growth: list[dict[str, Any]]
 
     @property
-    def score(self) -> tuple[str, str]:
-        """Key and name of what is measured: accuracy, or the best that there is."""
-        names = {"accuracy": "test accuracy, %", "test_loss": "test loss", "loss": "training loss"}
-        return next((key, name) for key, name in names.items() if key in self.epochs[-1])
-
-    @property
     def parts(self) -> list[dict[str, Any]]:
         """Growth events site by site, each with its epoch."""
         return [{**part, "epoch": step["epoch"]} for step in self.growth for part in step["parts"] or (step,)]
+
+
+def score(stories: Sequence[Story]) -> tuple[str, str]:
+    """Find key and name of the best measure that all runs have: accuracy, or a loss."""
+    names = {"accuracy": "test accuracy, %", "test_loss": "test loss", "loss": "training loss"}
+    return next((key, name) for key, name in names.items() if all(key in story.epochs[-1] for story in stories))
 
 
 def read(folders: Sequence[Path]) -> list[Story]:
@@ -57,10 +61,11 @@ def read(folders: Sequence[Path]) -> list[Story]:
     """
     runs = [Run(folder) for folder in folders]
     settings = [dataclasses.asdict(run.settings) for run in runs]
-    differ = [key for key in settings[0] if key not in ("seed", "like") and len({str(s[key]) for s in settings}) > 1]
+    differ = [key for key in settings[0] if key not in ALIKE and len({str(s[key]) for s in settings}) > 1]
     stories = []
     for run, values in zip(runs, settings, strict=True):
-        label = values["name"] or ", ".join(f"{key} {values[key]}" for key in differ) or run.folder.name
+        shared = run.folder.resolve().name if len(runs) == 1 else f"{values['model']}, {values['method']}"
+        label = values["name"] or ", ".join(f"{key} {values[key]}" for key in differ) or shared
         epochs = run.records("metrics.jsonl")
         if not epochs:
             raise ValueError(f"run: {run.folder} has no complete epoch yet")
@@ -71,7 +76,7 @@ def read(folders: Sequence[Path]) -> list[Story]:
 def charts(stories: Sequence[Story]) -> list[Chart]:
     """Draw how all runs went: score against parameters, compute and time."""
     labels = list(dict.fromkeys(story.label for story in stories))
-    key, name = stories[0].score
+    key, name = score(stories)
     found = []
     for axis, against, label in (
         ("parameters", "parameters", "parameters"),
@@ -80,7 +85,7 @@ def charts(stories: Sequence[Story]) -> list[Chart]:
     ):
         series = []
         for story in stories:
-            rows = [row for row in story.epochs if key in row]
+            rows = [row for row in story.epochs if math.isfinite(row.get(key, math.nan))]
             notes = [f"{story.label}, epoch {r['epoch']}: {r[key]:.4g}, {r['parameters']:,} parameters" for r in rows]
             points = [(r[axis], r[key]) for r in rows]
             series.append(Series(story.label, points, RUNS[labels.index(story.label) % len(RUNS)], notes=notes))
@@ -161,9 +166,16 @@ def write_report(folders: Sequence[Path], path: Path) -> Path:
     Returns
     -------
     Path
-        The same path. A folder that is no run, or an unfinished one, is a ValueError.
+        The same path.
+
+    Raises
+    ------
+    ValueError
+        If one is no run directory, or has no complete epoch yet, or `path` is a folder.
     """
     stories = read(folders)
+    if path.is_dir():
+        raise ValueError(f"out: {path} is a folder; expected a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.replace(path, page(stories).encode())
     return path
@@ -172,7 +184,7 @@ def write_report(folders: Sequence[Path], path: Path) -> Path:
 def page(stories: Sequence[Story]) -> str:
     """Compose the HTML page of some runs."""
     first, alone = stories[0], len(stories) == 1
-    title = f"growkern: {first.run.folder.name}" if alone else f"growkern: {len(stories)} runs"
+    title = f"growkern: {first.run.folder.resolve().name}" if alone else f"growkern: {len(stories)} runs"
     grown = [story for story in stories if story.growth]
     body = [f"<h1>{escape(title)}</h1>", _subtitle(stories), _tiles(first) if alone else "", _summary(stories)]
     body += ["<h2>Progress</h2>", _cards(charts(stories))]
@@ -193,12 +205,15 @@ def page(stories: Sequence[Story]) -> str:
 def _subtitle(stories: Sequence[Story]) -> str:
     s, versions = stories[0].run.settings, stories[0].run.versions
     what = s.target or f"{s.model} on {s.dataset}"
-    return f'<p class="soft">{escape(what)} · growkern {versions["growkern"]} · torch {escape(versions["torch"])}</p>'
+    return (
+        f'<p class="soft">{escape(what)} · growkern {escape(versions["growkern"])} · '
+        f"torch {escape(versions['torch'])}</p>"
+    )
 
 
 def _tiles(story: Story) -> str:
     begin, end = story.epochs[0], story.epochs[-1]
-    key, name = story.score
+    key, name = score([story])
     value = f"{end[key]:.2f} %" if key == "accuracy" else f"{end[key]:.4g}"
     units = sum(p["neurons"] for p in story.parts)
     tiles = (
@@ -217,7 +232,7 @@ def _summary(stories: Sequence[Story]) -> str:
     """Compose a table of means over seeds; nothing for one run."""
     if len(stories) == 1:
         return ""
-    key, name = stories[0].score
+    key, name = score(stories)
     rows = []
     for label in dict.fromkeys(story.label for story in stories):
         last = [story.epochs[-1] for story in stories if story.label == label]

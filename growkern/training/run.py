@@ -42,7 +42,8 @@ class Run:
         try:
             stored = json.loads(self._config.read_text(encoding="utf-8"))
             check_names(stored["settings"], str(self._config))
-            self.settings, self.versions = Settings(**stored["settings"]), stored["versions"]
+            self.settings = Settings(**stored["settings"])
+            self.versions = {name: str(stored["versions"][name]) for name in ("growkern", "torch")}
         except FileNotFoundError:
             raise ValueError(f"run: {self.folder} is no run directory: it has no config.json") from None
         except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -97,17 +98,29 @@ class Run:
         """The checkpoint before it."""
         return self.folder / "checkpoint.previous.safetensors"
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is any checkpoint, sound or not."""
+        return self.checkpoint.exists() or self.previous.exists()
+
     def save(self, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write a checkpoint; the one before it is kept beside it."""
         if self.checkpoint.exists():
-            partial = self.folder / f"{self.previous.name}.{os.getpid()}.partial"
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(self.checkpoint, partial)
-            except OSError:  # a file system without hard links
-                shutil.copy(self.checkpoint, partial)
-            os.replace(partial, self.previous)
+            self._also(self.checkpoint, self.previous)
         storage.write(self.checkpoint, KIND, tensors, facts)
+
+    def use_previous(self) -> None:
+        """Give up the newest checkpoint for the one before it."""
+        self._also(self.previous, self.checkpoint)
+
+    def _also(self, path: Path, name: Path) -> None:
+        """Give a file a second name, in the place of what had it."""
+        partial = self.folder / f"{name.name}.{os.getpid()}.partial"
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:  # a file system without hard links
+            shutil.copy(path, partial)
+        os.replace(partial, name)
 
     def load(self, use_previous: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a checkpoint.
@@ -130,13 +143,21 @@ class Run:
         path = self.previous if use_previous else self.checkpoint
         try:
             if not path.exists():
-                raise ValueError(f"run: {path} does not exist")
+                raise ValueError(f"{path} does not exist")
             return storage.read(path, KIND)
         except ValueError as error:
-            if not use_previous and self.previous.exists():
-                storage.read(self.previous, KIND)
-                raise ValueError(f"{error}; the one before it is sound: add --previous to go on from there") from None
-            raise
+            text = str(error).removeprefix("path: ")
+            if not use_previous and self._is_sound(self.previous):
+                raise ValueError(
+                    f"run: {text}; the one before it is sound: add --previous to go on from there"
+                ) from None
+            raise ValueError(f"run: {text}") from None
+
+    def _is_sound(self, path: Path) -> bool:
+        try:
+            return path.exists() and bool(storage.read(path, KIND))
+        except ValueError:
+            return False
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl or growth.jsonl and force it to the disk."""
@@ -166,12 +187,30 @@ class Run:
         path = self.folder / name
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         try:
-            return [json.loads(line) for line in lines]
+            records = [json.loads(line) for line in lines]
         except json.JSONDecodeError as error:
             raise ValueError(f"run: {path} holds a line that is no JSON: {error}") from None
+        if not all(isinstance(record, dict) and "epoch" in record for record in records):
+            raise ValueError(f"run: {path} holds a line that is no record of an epoch")
+        return records
 
     def rewind(self, epoch: int) -> None:
-        """Drop what is newer than an epoch, and what an interrupted write left behind."""
+        """Drop what is newer than an epoch, and what an interrupted write left behind.
+
+        Parameters
+        ----------
+        epoch : int
+            The last one to keep.
+
+        Raises
+        ------
+        ValueError
+            If metrics.jsonl lacks an epoch up to there: it was lost in another way. Nothing is dropped then.
+        """
+        if [record["epoch"] for record in self.records("metrics.jsonl")][:epoch] != list(range(1, epoch + 1)):
+            raise ValueError(
+                f"run: {self.folder / 'metrics.jsonl'} does not hold epochs 1 to {epoch}; put it back first"
+            )
         for name in ("metrics.jsonl", "growth.jsonl"):
             kept = [record for record in self.records(name) if record["epoch"] <= epoch]
             storage.replace(self.folder / name, "".join(json.dumps(record) + "\n" for record in kept).encode())

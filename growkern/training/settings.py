@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -62,7 +63,9 @@ class Settings:
     batch: int = _setting(128, "Samples in a batch.", at_least=1)
     optimizer: str = _setting("adamw", "Optimizer.", ("adamw", "sgd"))
     learning_rate: float = _setting(3e-3, "At the start; it falls to 0 along a cosine.", at_least=0)
-    beta2: float = _setting(0.95, "Of AdamW: how long it remembers squared gradients; new units need it short.")
+    beta2: float = _setting(
+        0.95, "Of AdamW: how long it remembers squared gradients; new units need it short.", at_least=0
+    )
     weight_decay: float = _setting(0.01, "Weight decay.", at_least=0)
 
     seed: int = _setting(0, "Of weights and of the order of the data.", at_least=0)
@@ -77,6 +80,8 @@ class Settings:
             value, kind = getattr(self, each.name), kinds[each.name]
             if kind is float and type(value) is int:
                 object.__setattr__(self, each.name, value := float(value))
+            if kind is float and isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{each.name}: expected a finite number, got {value!r}")
             if each.name == "neurons" and type(value) is int:
                 object.__setattr__(self, each.name, value := str(value))
             if type(value) is not kind:
@@ -86,6 +91,8 @@ class Settings:
                 raise ValueError(f"{each.name}: expected one of {', '.join(choices)}; got {value!r}")
             if least is not None and not value >= least:
                 raise ValueError(f"{each.name}: expected at least {least}, got {value!r}")
+        if not self.beta2 < 1 or self.seed >= 2**63:
+            raise ValueError(f"expected beta2 < 1 and seed < 2**63, got beta2: {self.beta2}, seed: {self.seed}")
         if self.neurons != "auto" and not (self.neurons.isdecimal() and int(self.neurons) > 0):
             raise ValueError(f"neurons: expected a number ≥ 1 or 'auto', got {self.neurons!r}")
         self.growth_epochs(0)
@@ -99,10 +106,25 @@ class Settings:
         kind, _, number = self.schedule.partition(":")
         if kind == "every" and number.isdecimal() and int(number):
             return epoch > 0 and epoch % int(number) == 0
-        epochs = [part.strip() for part in self.schedule.split(",")]
-        if not all(part.isdecimal() for part in epochs):
+        epochs = self.schedule.split(",")
+        if not all(part.strip().isdecimal() for part in epochs):
             raise ValueError(f"schedule: expected 'every:N', 'pays' or epochs such as '2,4,8'; got {self.schedule!r}")
-        return str(epoch) in epochs
+        return epoch in map(int, epochs)
+
+    def ever_grows(self) -> bool:
+        """Whether a growth step falls within the budget; taken to be so where that is given in compute."""
+        limit = min(self.grow_until * self.epochs, self.epochs)
+        return bool(self.compute) or any(self.growth_epochs(epoch) for epoch in range(1, math.ceil(limit)))
+
+    def anchored(self) -> Settings:
+        """Make paths absolute, so that a run can go on from another working directory."""
+        place, _, function = self.target.partition(":")
+        return dataclasses.replace(
+            self,
+            data_root=str(Path(self.data_root).absolute()),
+            like=str(Path(self.like).absolute()) if self.like else "",
+            target=f"{Path(place).absolute()}:{function}" if place.endswith(".py") else self.target,
+        )
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from growkern import GrowthSite, find_sites, widen
 from growkern.training import models
@@ -66,7 +66,12 @@ class Task:
         def batches(data: Any, **options: Any) -> Any:
             return DataLoader(data, batch_size=size, **options) if isinstance(data, Dataset) else data
 
-        train = batches(self.train, shuffle=True, generator=torch.Generator())
+        if isinstance(self.train, Dataset) and not isinstance(self.train, IterableDataset):
+            if not len(self.train):  # type: ignore[arg-type]
+                raise ValueError("train: it is empty")
+            train = batches(self.train, shuffle=True, generator=torch.Generator())
+        else:
+            train = batches(self.train)
         return dataclasses.replace(self, train=train, test=batches(self.test))
 
 
@@ -144,14 +149,14 @@ def imported(target: str) -> Task:
         raise ValueError(f"target: expected module:function or file.py:function, got {target!r}")
     try:
         module = _module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"target: importing {place} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"target: {place} has no function {name!r}")
     try:
         result = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"target: {target} failed: {type(error).__name__}: {error}") from error
     if isinstance(result, tuple) and 2 <= len(result) <= 4:
         result = Task(*result)
@@ -164,23 +169,25 @@ def imported(target: str) -> Task:
 
 
 def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            return importlib.import_module(place)
-        finally:
-            sys.path.pop(0)
-    path = Path(place).resolve()
+    """Import a module by name or file; its folder stays on the path for what its functions import later."""
+    path = Path(place).resolve() if place.endswith(".py") else None
+    folder = str(path.parent if path else Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if path is None:
+        return importlib.import_module(place)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    taken = path.stem in sys.stdlib_module_names or path.stem in sys.modules
+    name = f"growkern_target_{path.stem}" if taken else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.parent))
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
