@@ -8,7 +8,7 @@ STAMP := .venv/.set-up
 export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint sanitize clean
+.PHONY: setup demo test lint sanitize docs clean
 
 setup: $(STAMP)
 
@@ -18,11 +18,11 @@ $(STAMP): pyproject.toml Makefile setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install $(TORCHVISION) --no-deps
 	$(BIN)/pip install setuptools wheel ninja pybind11
-	$(BIN)/pip install --no-build-isolation -e .[test,demo]
+	$(BIN)/pip install --no-build-isolation -e .[test,demo,docs]
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/compare.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10
@@ -45,6 +45,9 @@ sanitize: $(STAMP)
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN))/python -m pytest -q -s -c /dev/null --rootdir . $(SANITIZED_TESTS) \
 		-k "not memory and not monkeypatch and not stable_interface"
+
+docs: $(STAMP)
+	$(BIN)/python -m pdoc -d numpy -o build/docs growkern growkern.training
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ from growkern.moments import Moments, collect
 from growkern.neurons import METHODS, NewNeurons, solve
 from growkern.sites import GrowthSite, find_sites
 from growkern.surgery import apply
+from growkern.widen import widen
 
 __version__ = "0.1.0"
 
@@ -26,4 +27,5 @@ __all__ = [
     "ops",
     "solve",
     "use_backend",
+    "widen",
 ]

@@ -17,8 +17,8 @@ from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
 from growkern.neurons import METHODS, NewNeurons, check_options, granularity, solve
-from growkern.probe import LossFn, Passes, to_device
-from growkern.sites import GrowthSite, find_sites, logger, resolve
+from growkern.probe import LossFn, Passes, reachable_sites
+from growkern.sites import GrowthSite, resolve
 from growkern.surgery import apply, trial
 
 # Amplitudes of the line search; the second grid is for when the first has none that lowers the loss.
@@ -45,6 +45,8 @@ class GrowthEvent:
         As in `NewNeurons`, for the site that was chosen.
     widths : dict of str to int
         Units of every site after the step.
+    bottlenecks : dict of str to float
+        Ψ of every site that was measured.
     seconds : float
         Wall time of the step.
     parts : tuple of GrowthEvent
@@ -61,6 +63,7 @@ class GrowthEvent:
     removed: float
     gain: float
     widths: dict[str, int]
+    bottlenecks: dict[str, float]
     seconds: float
     reason: str = ""
     parts: tuple[GrowthEvent, ...] = ()
@@ -160,6 +163,19 @@ class Grower:
         """Whether the schedule has a growth step at this epoch."""
         return isinstance(self.when, str) or epoch in self.when
 
+    def locate(self, batches: Iterable[tuple[Any, Any]]) -> list[GrowthSite]:
+        """Find the sites that it may grow, unless they were given or found; `step` does so by itself."""
+        return self._located(Passes(self.model, list(batches), self.loss_fn, **self._passes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what the next step depends on besides model and optimizer, as plain data."""
+        return {"turn": self._turn, "sites": [dataclasses.asdict(site) for site in self.sites or ()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the grower did whose `state_dict` this is."""
+        sites = [GrowthSite(each["producer"], each["consumer"], tuple(each["between"])) for each in state["sites"]]
+        self._turn, self.sites = state["turn"], sites or self.sites
+
     def step(self, batches: Iterable[tuple[Any, Any]]) -> GrowthEvent:
         """Grow once: measure, solve, choose, line-search, widen.
 
@@ -180,16 +196,14 @@ class Grower:
             As `collect` and `solve` do, or if the model has no site that can grow.
         """
         passes = Passes(self.model, list(batches), self.loss_fn, **self._passes)
-        if self.sites is None:
-            self.sites = reachable_sites(passes, self._collect["kernel"])
-        if not self.sites:
+        if not (sites := self._located(passes)):
             raise ValueError("model: found no site that can grow; the logger 'growkern.sites' says why at level INFO")
         if self.where == "best" and self._method == "random":
             self._turn += 1
-            return self._grow([self.sites[(self._turn - 1) % len(self.sites)]], passes)
+            return self._grow([sites[(self._turn - 1) % len(sites)]], passes)
         if self.where == "best":
-            return self._grow(self.sites, passes)
-        parts = tuple(self._grow([site], passes) for site in self.sites)
+            return self._grow(sites, passes)
+        parts = tuple(self._grow([site], passes) for site in sites)
         totals = {name: sum(getattr(p, name) for p in parts) for name in ("neurons", "bottleneck", "removed", "gain")}
         grown = [part for part in parts if part.accepted]
         return dataclasses.replace(
@@ -198,10 +212,16 @@ class Grower:
             scale=grown[-1].scale if grown else 0.0,
             accepted=bool(grown),
             loss_before=parts[0].loss_before,
+            bottlenecks={name: value for part in parts for name, value in part.bottlenecks.items()},
             seconds=sum(part.seconds for part in parts),
             parts=parts,
             **totals,
         )
+
+    def _located(self, passes: Passes) -> list[GrowthSite]:
+        if self.sites is None:
+            self.sites = reachable_sites(passes, self._collect["kernel"])
+        return self.sites
 
     def _grow(self, sites: Sequence[GrowthSite], passes: Passes) -> GrowthEvent:
         """One growth at the best of some sites."""
@@ -228,6 +248,7 @@ class Grower:
             removed=new.removed,
             gain=new.gain,
             widths={site.name: resolve(self.model, site).units for site in self.sites or ()},
+            bottlenecks={name: each.bottleneck for name, each in found.items()},
             seconds=time.perf_counter() - start,
             reason=reason,
         )
@@ -293,14 +314,3 @@ class Grower:
 def _pays(moments: Moments, new: NewNeurons) -> bool:
     """Whether new weights remove more per parameter than the consumer's existing ones still can."""
     return new.removed * new.best_update.numel() > new.reachable * len(new) * moments.unit_parameters
-
-
-def reachable_sites(passes: Passes, kernel: str) -> list[GrowthSite]:
-    """Sites of a model that the loss sends a gradient to, and to which `kernel` applies; the others are logged."""
-    found = find_sites(passes.model, to_device(passes.batches[0], passes.device)[0])
-    if kernel == "center":
-        found = [site for site in found if not resolve(passes.model, site).between.flatten]
-    reached = passes.reached(found)
-    for site in set(found) - set(reached):
-        logger.info("%s is left out: no gradient of the loss reaches it", site)
-    return reached

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from growkern.grower import reachable_sites
 from growkern.moments import collect
 from growkern.neurons import solve
-from growkern.probe import LossFn, Passes
+from growkern.probe import LossFn, Passes, reachable_sites
 from growkern.sites import GrowthSite, resolve
 
 

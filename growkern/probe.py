@@ -16,7 +16,7 @@ from growkern import distributed, ops
 from growkern.between import Pool
 from growkern.eval_mode import evaluating, same_draws
 from growkern.ops import ConvGeometry
-from growkern.sites import GrowthSite, resolve
+from growkern.sites import GrowthSite, find_sites, logger, resolve
 
 LossFn = Callable[[Any, Any], Tensor]
 _GROUP = 64  # consecutive rows that share a random sign where they do not belong to one image or sequence
@@ -385,3 +385,14 @@ def random_signs(draws: int, rows: int, batch_size: int, generator: torch.Genera
     run = max(rows // batch_size, 1) if rows % batch_size == 0 else _GROUP
     signs = torch.randint(0, 2, (draws, -(-rows // run)), generator=generator) * 2.0 - 1
     return signs.repeat_interleave(run, dim=1)[:, :rows]
+
+
+def reachable_sites(passes: Passes, kernel: str) -> list[GrowthSite]:
+    """Sites of a model that the loss sends a gradient to, and to which `kernel` applies; the others are logged."""
+    found = find_sites(passes.model, to_device(passes.batches[0], passes.device)[0])
+    if kernel == "center":
+        found = [site for site in found if not resolve(passes.model, site).between.flatten]
+    reached = passes.reached(found)
+    for site in set(found) - set(reached):
+        logger.info("%s is left out: no gradient of the loss reaches it", site)
+    return reached

@@ -1,0 +1,127 @@
+"""From settings to everything that training starts with."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkern import Grower
+from growkern.training import tasks
+from growkern.training.batches import choose_device, first_batch, seed_all
+from growkern.training.checkpoint import Progress, State
+from growkern.training.settings import NEVER, Settings
+
+
+@dataclasses.dataclass
+class Start:
+    """What a run starts with.
+
+    Attributes
+    ----------
+    task : Task
+        With batches for data.
+    state : State
+        Before the first epoch.
+    first : tuple
+        One batch, on which costs are counted.
+    """
+
+    task: tasks.Task
+    state: State
+    first: tuple[Any, Any]
+
+
+def prepare(settings: Settings) -> Start:
+    """Make task, model, optimizer and grower.
+
+    Parameters
+    ----------
+    settings : Settings
+        What they are to be.
+
+    Returns
+    -------
+    Start
+        Everything before the first epoch; nothing has been written.
+
+    Raises
+    ------
+    ValueError
+        If the data, the device or the model cannot be had, or the model cannot grow and is meant to.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
+    task = tasks.make(settings, device)
+    seed_all(settings.seed, 0, task.train)
+    model = task.model.to(device)
+    if not any(True for _ in model.parameters()):
+        raise ValueError("model: it has no parameters to train")
+    if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"model: its state_dict holds {strange[0]!r}, which is no tensor and fits no checkpoint")
+    optimizer = make_optimizer(model, settings)
+    state = State(model, optimizer, make_grower(task, optimizer, settings), Progress())
+    first = first_batch(task.train, device)
+    _locate(state.grower, first, grows=settings.method != NEVER)
+    return Start(task, state, first)
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Make the optimizer that settings name, over all parameters."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(model.parameters(), rate, (0.9, settings.beta2), weight_decay=decay, fused=True)
+
+
+def make_grower(task: tasks.Task, optimizer: torch.optim.Optimizer, settings: Settings) -> Grower:
+    """Make the grower that settings describe."""
+    return Grower(
+        task.model,
+        optimizer,
+        task.loss_fn,
+        sites=task.sites,
+        method="tiny" if settings.method == NEVER else settings.method,
+        neurons="auto" if settings.neurons == "auto" else int(settings.neurons),
+        where=settings.where,
+        when="pays" if settings.schedule == "pays" and settings.method != NEVER else "always",
+        kernel=settings.kernel,
+        paired=settings.paired,
+        max_neurons=settings.max_neurons or None,
+        max_parameters=settings.max_parameters or None,
+    )
+
+
+def _locate(grower: Grower, first: tuple[Any, Any], grows: bool) -> None:
+    """Find the sites; a network that never grows may have none."""
+    with _reasons() as reasons:
+        try:
+            found = grower.locate([first])
+        except (RuntimeError, ValueError):
+            if grows:
+                raise
+            grower.sites = found = []
+    if grows and not found:
+        why = "; ".join(reasons) or "no Linear or Conv2d layer feeds another through activations, norms and pooling"
+        raise ValueError(f"model: found no site that can grow: {why}")
+
+
+@contextmanager
+def _reasons() -> Iterator[list[str]]:
+    """Collect what `growkern.sites` logs of places that cannot grow."""
+    logger, kept = logging.getLogger("growkern.sites"), list[str]()
+    handler, level = logging.Handler(), logger.level
+    handler.emit = lambda record: kept.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield kept
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
