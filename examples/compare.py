@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import growkern
+from growkern.backend import available
 from growkern.training import Run, Settings, Watcher, resume, train
 from growkern.training.report import write_report
 
@@ -236,7 +237,7 @@ def main():
     seconds, rows = time.perf_counter() - start, rows_of(out, plans, args.seeds)
     lines = summarise(rows)
     facts = {
-        "command": " ".join(["python", *sys.argv]), "cores": os.cpu_count(),
+        "command": " ".join(["python", *sys.argv]), "backend": available("conv2d_moments")[0], "cores": os.cpu_count(),
         "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
         "growkern": growkern.__version__, "plans": {plan["model"]: asdict(Settings(**plan)) for plan in plans},
         "summary": lines,
