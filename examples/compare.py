@@ -5,8 +5,8 @@ usage: python examples/compare.py [--dataset digits|fashion-mnist] [--data-root 
 
 Each of the three spends the same compute: the multiply-adds of all forward and backward passes and, for the grown
 network, of its growth steps. Growth sees training images only; the test images only measure. With --validation a
-sixth of the training images stands for the test images: the plans below were chosen so. Called again with the --out of
-a comparison that was interrupted, it goes on with it.
+sixth of the training images stands for the test images, to choose plans by. Called again with the --out of a comparison
+that was interrupted, it goes on with it.
 """
 
 import argparse
