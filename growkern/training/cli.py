@@ -31,15 +31,8 @@ Target = Annotated[
     str, typer.Argument(help="module:function or file.py:function; it returns a growkern.training.Task.")
 ]
 Runs = Annotated[list[Path], typer.Argument(help="Run directories.")]
-OfTask = (
-    "dataset",
-    "data_root",
-    "validation",
-    "download",
-    "model",
-    "width",
-    "like",
-)  # what `grow` takes from the function instead
+# What `grow` takes from the function instead.
+OF_TASK = ("dataset", "data_root", "validation", "download", "model", "width", "like")
 
 
 def main() -> None:
@@ -108,7 +101,7 @@ def train(
 
 
 @app.command()
-@_with_settings(*OfTask)
+@_with_settings(*OF_TASK)
 def grow(
     target: Annotated[str, typer.Argument(help="module:function or file.py:function, returning a Task.")] = "",
     config: Config = None,
