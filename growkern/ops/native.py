@@ -1,14 +1,17 @@
 """The compiled libraries: each defines ops in a private namespace of torch.ops."""
 
+import logging
 from pathlib import Path
 
 import torch
 
 __all__ = ["build_info", "load"]
 
+logger = logging.getLogger(__name__)
+
 
 def load(name: str) -> bool:
-    """Load a compiled library of the package.
+    """Load a compiled library of the package; that for CUDA only where torch was built with CUDA.
 
     Parameters
     ----------
@@ -18,11 +21,17 @@ def load(name: str) -> bool:
     Returns
     -------
     bool
-        Whether it was built.
+        Whether it was built and could be loaded; if it could not, the reason is logged.
     """
     paths = sorted(Path(__file__).parents[1].glob(f"_{name}.*"))
+    if name == "cuda" and torch.version.cuda is None:
+        return False
     for path in paths:
-        torch.ops.load_library(path)
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:  # built for another torch or CUDA
+            logger.warning("growkern was built for another torch and goes on without %s: %s", path.name, error)
+            return False
     return bool(paths)
 
 

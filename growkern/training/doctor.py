@@ -22,7 +22,8 @@ from growkern.ops.native import build_info
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "typer", "rich", "torchvision", "matplotlib", "tensorboard")
 _ABSENT = {
     "triton": "this version of growkern has no Triton kernels",
-    "cuda": "this version of growkern has no CUDA kernels",
+    "cuda": "the CUDA library was not built; with a torch for CUDA and the nvcc of its CUDA version: "
+    "pip install --no-build-isolation --force-reinstall --no-deps growkern",
     "cpp": "the compiled library was not built; with a C++ compiler: "
     "pip install --no-build-isolation --force-reinstall --no-deps growkern",
 }

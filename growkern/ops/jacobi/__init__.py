@@ -13,6 +13,8 @@ from growkern.ops.jacobi import reference  # noqa: F401  (registers its implemen
 
 if native.load("cpu"):
     from growkern.ops.jacobi import cpp  # noqa: F401
+if native.load("cuda"):
+    from growkern.ops.jacobi import cuda  # noqa: F401
 
 __all__ = ["eigh", "svd"]
 

@@ -1,0 +1,150 @@
+"""The CUDA sources compiled, without a GPU: registers, shared memory, instructions, and what the library links to."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from growkern.ops import native
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = (80, 90, 120)
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # that one block may have
+
+
+def settings() -> dict[str, object]:
+    """Constants of setup.py, without running it."""
+    text = (ROOT / "setup.py").read_text().split("\ndef ")[0]
+    scope: dict[str, object] = {}
+    exec(re.sub(r"^from setuptools.*$", "", text, flags=re.M), scope)
+    return scope
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """Objects of every .cu for all architectures, and what the assembler said of each kernel."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc here")
+    folder, setup = tmp_path_factory.mktemp("cuda"), settings()
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    flags = [*setup["NVCC_FLAGS"], f"-DTORCH_TARGET_VERSION={setup['TARGET']}", "-Xcompiler=-fPIC", "-Xptxas=-v"]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    told = ""
+    for i, source in enumerate(sorted((ROOT / "csrc").rglob("*.cu"))):
+        command = [
+            nvcc,
+            *flags,
+            *includes,
+            *targets,
+            "--keep",
+            "--keep-dir",
+            folder,
+            "-c",
+            source,
+            "-o",
+            folder / f"{i}.o",
+        ]
+        told += subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return folder, told
+
+
+def kernels(told: str) -> list[dict[str, object]]:
+    found = []
+    for part in told.split("Compiling entry function ")[1:]:
+        name, architecture = re.match(r"'(\w+)' for 'sm_(\d+)a?'", part).groups()
+        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        static = re.search(r"(\d+) bytes smem", part)
+        found.append(
+            {
+                "name": name,
+                "architecture": int(architecture),
+                "stack and spills": tuple(map(int, spills.groups())),
+                "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+                "static shared": int(static[1]) if static else 0,
+            }
+        )
+    return found
+
+
+@pytest.mark.check("CUDA compilation")
+def test_no_kernel_spills(build):
+    found = kernels(build[1])
+    assert {kernel["architecture"] for kernel in found} == set(ARCHITECTURES)
+    assert not [kernel for kernel in found if any(kernel["stack and spills"]) or kernel["static shared"]]
+
+
+@pytest.mark.check("CUDA compilation")
+def test_nothing_is_warned_of(build):
+    assert "warning" not in build[1]
+
+
+@pytest.mark.check("CUDA compilation")
+def test_the_library_links_to_the_stable_interface_of_torch_2_11(build):
+    if shutil.which("nm") is None:
+        pytest.skip("no nm here")
+    objects = sorted(build[0].glob("*.o"))
+    library = build[0] / "library.so"
+    linker = os.environ.get("CXX", "c++")
+    subprocess.run([linker, "-shared", *objects, "-o", library], check=True)
+    listed = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
+    undefined = {line.split(" U ", 1)[1] for line in listed.stdout.splitlines() if " U " in line}
+    assert any(name.startswith("aoti_torch_get_current_cuda_stream") for name in undefined)
+    assert not [name for name in undefined if re.search(r"\b(at|c10|torch)::", name)]
+    shim = (Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h").read_text()
+    newer = re.split(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(?!9_|10_|11_)\d+_0", shim)[1:]
+    too_new = {name for part in newer for name in re.findall(r"\b((?:aoti_)?torch_\w+)\(", part.split("#endif")[0])}
+    assert too_new
+    assert not undefined & too_new
+
+
+# What setup.py decides -----------------------------------------------------------------------------------
+
+
+def setup_function(name, **scope):
+    """One function of setup.py, with other globals."""
+    text = (ROOT / "setup.py").read_text().replace("\nmain()\n", "\n")
+    made: dict[str, object] = {}
+    exec(compile(text, "setup.py", "exec"), made)
+    made.update(scope)
+    return made[name]
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "nvcc_says", "reason"),
+    [
+        (None, "release 13.0", "is built without CUDA"),
+        ("13.0", None, "nvcc was not found"),
+        ("12.8", "Cuda compilation tools, release 13.0, V13.0.88", "is of CUDA 13.0, torch is built for 12.8"),
+        ("13.0", "Cuda compilation tools, release 13.1, V13.1.1", ""),
+    ],
+)
+def test_cuda_is_built_only_where_it_can_be(monkeypatch, tmp_path, torch_cuda, nvcc_says, reason):
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    (tmp_path / "bin").mkdir()
+    if nvcc_says is not None:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\necho '{nvcc_says}'\n")
+        nvcc.chmod(0o755)
+    version, why_not = setup_function("_nvcc")(str(tmp_path))
+    assert reason in why_not
+    assert bool(reason) == bool(why_not)
+    if not reason:
+        assert version == (13, 1)
+
+
+def test_a_library_for_another_torch_is_left_out(monkeypatch, tmp_path, caplog):
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "_cuda.abi3.so").write_bytes(b"not a library")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "ops" / "native.py"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not native.load("cuda")
+    assert not caplog.records
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert not native.load("cuda")
+    assert "goes on without _cuda.abi3.so" in caplog.text
