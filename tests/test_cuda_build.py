@@ -17,11 +17,10 @@ ARCHITECTURES = (80, 90, 120)
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # that one block may have
 
 
-def settings() -> dict[str, object]:
-    """Constants of setup.py, without running it."""
-    text = (ROOT / "setup.py").read_text().split("\ndef ")[0]
+def setup_py() -> dict[str, object]:
+    """What setup.py defines, without running it."""
     scope: dict[str, object] = {}
-    exec(re.sub(r"^from setuptools.*$", "", text, flags=re.M), scope)
+    exec((ROOT / "setup.py").read_text().replace("\nmain()\n", "\n"), scope)
     return scope
 
 
@@ -31,7 +30,7 @@ def build(tmp_path_factory):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc here")
-    folder, setup = tmp_path_factory.mktemp("cuda"), settings()
+    folder, setup = tmp_path_factory.mktemp("cuda"), setup_py()
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     flags = [*setup["NVCC_FLAGS"], f"-DTORCH_TARGET_VERSION={setup['TARGET']}", "-Xcompiler=-fPIC", "-Xptxas=-v"]
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
@@ -106,15 +105,6 @@ def test_the_library_links_to_the_stable_interface_of_torch_2_11(build):
 # What setup.py decides -----------------------------------------------------------------------------------
 
 
-def setup_function(name, **scope):
-    """One function of setup.py, with other globals."""
-    text = (ROOT / "setup.py").read_text().replace("\nmain()\n", "\n")
-    made: dict[str, object] = {}
-    exec(compile(text, "setup.py", "exec"), made)
-    made.update(scope)
-    return made[name]
-
-
 @pytest.mark.parametrize(
     ("torch_cuda", "nvcc_says", "reason"),
     [
@@ -131,7 +121,7 @@ def test_cuda_is_built_only_where_it_can_be(monkeypatch, tmp_path, torch_cuda, n
         nvcc = tmp_path / "bin" / "nvcc"
         nvcc.write_text(f"#!/bin/sh\necho '{nvcc_says}'\n")
         nvcc.chmod(0o755)
-    version, why_not = setup_function("_nvcc")(str(tmp_path))
+    version, why_not = setup_py()["_nvcc"](str(tmp_path))
     assert reason in why_not
     assert bool(reason) == bool(why_not)
     if not reason:
