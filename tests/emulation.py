@@ -15,7 +15,17 @@ from torch import Tensor
 from growkern import backend
 
 FOLDER = Path(__file__).parent / "cuda_emulation"
-FLAGS = ("-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-shared",
+    "-fPIC",
+    "-U_FORTIFY_SOURCE",
+    "-ffp-contract=off",
+)
 
 
 @functools.cache
@@ -71,3 +81,47 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
     monkeypatch.setitem(backend.DEVICES, "cuda", ("cpu",))
     for op in ops:
         monkeypatch.setitem(backend._implementations, op, dict(backend._implementations[op]))
+
+
+class Moments:
+    """The kernels of the moments, under one order of threads."""
+
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def correlate(self, us, vs, pitches, channels, aligned, out, products, items, signs, block, tf32) -> None:
+        sides = (ctypes.c_void_p * 8)(*(each.data_ptr() for each in (*us, *vs)))
+        dtypes = (self.DTYPES.index(us[0].dtype), self.DTYPES.index(vs[2].dtype))
+        counts = (signs is not None and signs.shape[1], block, tf32, self.seed)
+        library("moments").correlate(
+            sides, integers(pitches), integers(channels), aligned, *dtypes, pointer(out), pointer(products),
+            pointer(items), len(items), pointer(signs), ctypes.c_int64(counts[0]), *map(int, counts[1:]),
+        )  # fmt: skip
+
+    def reduce(self, workspace, sums, elements) -> None:
+        library("moments").reduce(pointer(workspace), pointer(sums), len(sums), elements, self.seed)
+
+    def assemble(self, slots, results, regions, starts, terms, weights, programs, rows, columns) -> None:
+        targets = (ctypes.c_void_p * len(results))(*(each.data_ptr() for each in results))
+        library("moments").assemble(
+            pointer(slots), ctypes.c_int64(slots.stride(0)), len(slots), targets, len(results),
+            pointer(regions), len(regions), pointer(starts), pointer(terms), pointer(weights),
+            programs, rows, columns, self.seed,
+        )  # fmt: skip
+
+    def subtract(self, h, v, pitches, channels, aligned, weight, bias, out, kernel, block, tf32) -> None:
+        assert weight.is_contiguous()
+        rows, columns = v.shape[1:3] if v.ndim == 4 else (1, 1)
+        map_rows, map_columns = h.shape[1:3] if h.ndim == 4 else (1, 1)
+        sizes = (len(v) * rows * columns, weight.shape[2], rows, columns, map_rows, map_columns)
+        dtypes = (self.DTYPES.index(h.dtype), self.DTYPES.index(v.dtype))
+        library("moments").subtract(
+            pointer(h), pointer(v), integers(pitches), ctypes.c_int64(channels), aligned, *dtypes,
+            pointer(weight), pointer(bias), pointer(out), integers(sizes), integers(kernel), block, tf32, self.seed,
+        )  # fmt: skip
+
+
+def integers(numbers) -> ctypes.Array:
+    return (ctypes.c_int64 * len(numbers))(*numbers)

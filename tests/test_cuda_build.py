@@ -14,7 +14,6 @@ from growkern.ops import native
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 120)
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # that one block may have
 
 
 def setup_py() -> dict[str, object]:
@@ -76,6 +75,26 @@ def test_no_kernel_spills(build):
     found = kernels(build[1])
     assert {kernel["architecture"] for kernel in found} == set(ARCHITECTURES)
     assert not [kernel for kernel in found if any(kernel["stack and spills"]) or kernel["static shared"]]
+
+
+@pytest.mark.check("CUDA compilation")
+def test_tensor_cores_are_used_where_they_should_be(build):
+    """Tf32 and Half are the names of the ways to multiply that use them, Fma of the one that does not."""
+    texts = [path.read_text() for path in build[0].glob("*/*.ptx")]
+    found = {}
+    for text in texts:
+        architecture = int(re.search(r"\.target sm_(\d+)", text)[1])
+        for entry in text.split(".entry ")[1:]:
+            found[architecture, entry.split("(")[0]] = re.findall(
+                r"mma\.sync\.aligned\.\w+\.row\.col\.f32\.(\w+)", entry
+            )
+    expected = {"Tf32": "tf32", "HalfILb1": "bf16", "HalfILb0": "f16"}
+    for architecture in ARCHITECTURES:
+        names = [name for key, name in found if key == architecture]
+        assert len(names) > 10
+        for name in names:
+            kind = next((kind for way, kind in expected.items() if way in name), None)
+            assert set(found[architecture, name]) == ({kind} if kind else set()), name
 
 
 @pytest.mark.check("CUDA compilation")

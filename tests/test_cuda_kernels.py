@@ -8,7 +8,8 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from cases import cases
+from cases import TOLERANCES as MOMENT_TOLERANCES
+from cases import Conv2dCase, LinearCase, cases, error, to_double
 from test_ops_jacobi import TOLERANCES, assert_decomposes, assert_factors, assert_same_values
 
 from growkern import ops
@@ -169,6 +170,21 @@ def test_a_matrix_that_is_not_finite_comes_back_nan_alone(op, bad):
         assert torch.equal(part[[0, 2]], whole[[0, 2]])
 
 
+@pytest.mark.parametrize("dtype", SINGLE_DOUBLE)
+def test_matrices_fit_into_the_shared_memory_of_every_gpu(dtype, jacobi):
+    """99 KB for a block is the least, on sm_120: float32 vectors are held there to 128, float64 ones outside."""
+    decompose("eigh", torch.eye(2))
+    shared = emulation.library("jacobi").most_shared_bytes
+    for outside in (False, True):
+        shared()
+        jacobi(outside=outside)
+        decompose("eigh", torch.eye(128, dtype=dtype).expand(1, -1, -1))
+        needed = shared()
+        assert needed <= (99 << 10 if outside or dtype == torch.float32 else 227 << 10)
+    decompose("svd", torch.ones(1, 64, 100, dtype=dtype))
+    assert shared() <= 99 << 10
+
+
 @pytest.mark.usefixtures("jacobi")
 def test_the_lower_triangle_counts():
     a = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -186,3 +202,110 @@ def test_rank_deficient_factors_are_orthonormal():
         u, s, vh = decompose("svd", a)
         assert_factors(a, u, s, vh, TOLERANCES[torch.float32])
         assert (s[rank:] == 0).all()
+
+
+# Moments -------------------------------------------------------------------------------------------------
+
+MOMENTS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
+SIXTEEN = (torch.bfloat16, torch.float16)
+# Tiles of every size, aligned or not, several of them, and positions that are split.
+LARGE = [
+    LinearCase(op="linear_moments", name="one tile", rows=1300, widths=(64, 64, 64)),
+    LinearCase(op="linear_moments", name="unaligned tiles", rows=1100, widths=(70, 33, 20)),
+    LinearCase(op="linear_residual", name="tiles", rows=600, widths=(68, 40, 36), draws=2),
+    *(
+        Conv2dCase(op=op, name=name, batch=2, channels=channels, maps=maps, draws=2, layout=layout)
+        for op in ("conv2d_moments", "conv2d_residual")
+        for name, channels, maps, layout in (
+            ("narrow", (8, 5, 4), (18, 17), "contiguous"),
+            ("middle", (20, 32, 24), (9, 6), "channels_last"),
+            ("wide", (33, 17, 70), (7, 5), "contiguous"),
+        )
+    ),
+]
+
+
+@pytest.fixture
+def moments(monkeypatch):
+    """growkern.ops.moments.cuda over the emulation; call it with a seed to change the order of threads."""
+    emulation.on_cpu(monkeypatch, *MOMENTS)
+    engine = importlib.import_module("growkern.ops.moments._cuda")
+    importlib.reload(importlib.import_module("growkern.ops.moments.cuda"))
+
+    def use(seed):
+        monkeypatch.setattr(engine, "native", emulation.Moments(seed))
+
+    use(0)
+    return use
+
+
+def moments_of(case, args, named, backend):
+    with use_backend(backend):
+        return case.function(*args, **named)
+
+
+@pytest.mark.usefixtures("moments")
+@pytest.mark.parametrize("case", cases(*MOMENTS), ids=str)
+def test_moments(case):
+    for dtype in case.dtypes:
+        args, named = case.arguments(dtype, seed=1)
+        expected = moments_of(case, *to_double((args, named)), "reference")
+        for one, other in zip(moments_of(case, args, named, "cuda"), expected, strict=True):
+            assert error(one, other) <= MOMENT_TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_moments_of_every_tile(case, dtype, moments):
+    args, named = case.arguments(dtype, seed=2)
+    expected = moments_of(case, *to_double((args, named)), "reference")
+    usual = moments_of(case, args, named, "reference")
+    out = moments_of(case, args, named, "cuda")
+    for one, other, exact in zip(out, usual, expected, strict=True):
+        assert error(one, exact) <= 2 * max(error(other, exact), 2.0**-24)
+    moments(1)
+    for one, other in zip(moments_of(case, args, named, "cuda"), out, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("moments")
+def test_tiles_fit_into_shared_memory_without_asking():
+    shared = emulation.library("moments").most_shared_bytes
+    shared()
+    for case, dtype in ((LARGE[0], torch.float32), (LARGE[0], torch.bfloat16), (LARGE[2], torch.float32)):
+        args, named = case.arguments(dtype)
+        moments_of(case, args, named, "cuda")
+        assert 20 << 10 < shared() <= 48 << 10
+
+
+@pytest.mark.usefixtures("moments")
+def test_tf32_rounds_its_operands():
+    """tf32 keeps eleven bits of each number; three products of parts keep those of float32."""
+    case = LARGE[0]
+    args, named = case.arguments(torch.float32)
+    expected = moments_of(case, *to_double((args, named)), "reference")
+    errors = [
+        max(map(error, moments_of(case, args, {**named, "precision": precision}, "cuda"), expected))
+        for precision in ("ieee", "tf32")
+    ]
+    assert errors[0] < 2e-7
+    assert 1e-5 < errors[1] < 1e-3
+
+
+@pytest.mark.usefixtures("moments")
+def test_symmetric_moments_are_symmetric_bit_by_bit():
+    for case in [case for case in LARGE if case.op.endswith("moments")]:
+        args, named = case.arguments(torch.float32)
+        xx, _, _, hh, _, vv = moments_of(case, args, named, "cuda")
+        assert all(torch.equal(matrix, matrix.T) for matrix in (xx, hh, vv))
+
+
+@pytest.mark.usefixtures("moments")
+def test_elements_beyond_two_to_the_31():
+    """The tensor is virtual memory: only the pages of its three rows are ever touched."""
+    far = 2**30 + 40
+    x = torch.empty(2 * far + 5, dtype=torch.bfloat16).as_strided((3, 5), (far, 1))
+    x.copy_(torch.arange(15).view(3, 5))
+    with use_backend("cuda"):
+        out = ops.linear_moments(x, x, x)
+    assert all(torch.equal(each.double(), x.double().T @ x.double()) for each in out)

@@ -1,7 +1,6 @@
 // CUDA's execution of a block on a CPU, for tests: one fiber per thread. Barriers and shuffles hand over to the next
 // fiber; the order of fibers and of blocks is drawn from a seed, and shared memory is poisoned before every block, so
-// that what relies on an order or on zeros does not pass every seed. There are no tensor cores and no asynchronous
-// copies here.
+// that what relies on an order or on zeros does not pass every seed. Blocks run one after another.
 #pragma once
 
 #include <math.h>
@@ -15,6 +14,7 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -29,6 +29,12 @@ struct Dim3 {
 };
 
 inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using std::max;
 using std::min;
 
@@ -49,7 +55,7 @@ struct Fiber {
 
 struct Warp {
   int lanes, waiting;
-  uint64_t slots[2][32];
+  alignas(16) char slots[2][32][32];
 };
 
 struct Machine {
@@ -61,6 +67,7 @@ struct Machine {
   Fiber* running = nullptr;
   int threads = 0, live = 0, waiting = 0, votes = 0, vote = 0;
   uint64_t random = 1;
+  size_t most_shared = 0;  // bytes that any launch asked for
   const std::function<void(char*)>* kernel = nullptr;
 
   uint64_t next_random() {
@@ -105,16 +112,22 @@ struct Machine {
     }
   }
 
-  // Two sets of slots in turn: whoever passes the next barrier knows that all have read this one.
+  // What every lane of the warp has, at intervals of 32 bytes. Two sets of slots in turn: whoever passes the next barrier
+  // knows that all have read this one.
   template <class V>
-  V exchange(V value, int source) {
-    static_assert(sizeof(V) <= 8, "a shuffle moves up to eight bytes");
+  const char (&gather(const V& value))[32][32] {
+    static_assert(sizeof(V) <= 32, "lanes exchange up to 32 bytes");
     const unsigned turn = running->turn++ % 2;
     Warp& warp = warps[running->warp];
-    memcpy(&warp.slots[turn][running->lane], &value, sizeof(V));
+    memcpy(warp.slots[turn][running->lane], &value, sizeof(V));
     warp_barrier();
+    return warp.slots[turn];
+  }
+
+  template <class V>
+  V exchange(V value, int source) {
     V result;
-    memcpy(&result, &warp.slots[turn][source], sizeof(V));
+    memcpy(&result, gather(value)[source], sizeof(V));
     return result;
   }
 
@@ -178,6 +191,7 @@ inline void launch(Dim3 grid, Dim3 block, size_t shared_bytes, uint64_t seed, co
   m.fibers.resize(threads), m.warps.resize((threads + 31) / 32);
   if (m.stacks.size() < threads * kStack) m.stacks.resize(threads * kStack);
   m.shared.resize((shared_bytes + 7) / 8);
+  m.most_shared = max(m.most_shared, shared_bytes);
   std::vector<unsigned> order(grid.x * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0);
   m.shuffle(order);
@@ -188,6 +202,23 @@ inline void launch(Dim3 grid, Dim3 block, size_t shared_bytes, uint64_t seed, co
 }
 
 }  // namespace emulation
+
+// The most shared memory of any launch since the last call.
+extern "C" __attribute__((used)) inline int64_t most_shared_bytes() {
+  return std::exchange(emulation::machine.most_shared, 0);
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 
 inline void __syncthreads() { emulation::machine.block_barrier(); }
 

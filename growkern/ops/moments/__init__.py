@@ -21,6 +21,8 @@ from growkern.ops.moments.geometry import ConvGeometry
 
 if native.load("cpu"):
     from growkern.ops.moments import cpp  # noqa: F401
+if native.load("cuda"):
+    from growkern.ops.moments import cuda  # noqa: F401
 if has_triton():
     from growkern.ops.moments import triton  # noqa: F401
 

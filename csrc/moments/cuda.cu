@@ -1,0 +1,153 @@
+// The kernels of the moments in growkern_cuda, on libtorch's stable ABI: the engine of growkern/ops/moments/gpu.py.
+// Shapes and dtypes have been checked there.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../launch.h"
+#include "ptx.cuh"
+
+#include "assemble.cuh"
+#include "correlate.cuh"
+#include "subtract.cuh"
+
+namespace growkern {
+
+template <class Math, int BLOCK>
+__global__ void __launch_bounds__(Grid<BLOCK>::threads) correlate_kernel(const __grid_constant__ Correlation task) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  Correlate<Math, BLOCK>(task, shared).run();
+}
+
+template <class Math, int BLOCK>
+__global__ void __launch_bounds__(Grid<BLOCK>::threads) subtract_kernel(const __grid_constant__ Subtraction task) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  Subtract<Math, BLOCK>(task, shared).run();
+}
+
+__global__ void __launch_bounds__(kAssembleThreads) reduce_kernel(float* buffer, const SplitSum* sums, int elements) {
+  reduce_block(buffer, sums, elements);
+}
+
+__global__ void __launch_bounds__(kAssembleThreads) assemble_kernel(const __grid_constant__ Assembly task) {
+  assemble_block(task);
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Integers = std::vector<int64_t>;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: return Dtype::float32;
+  }
+}
+
+Side side(const Tensor& tensor, int64_t pitch, int64_t channels) {
+  return {tensor.const_data_ptr(), pitch, static_cast<int>(channels)};
+}
+
+// Pitches and channels are those of us, then of vs: x, h, v and the ones.
+void correlate(std::vector<Tensor> us, std::vector<Tensor> vs, Integers pitches, Integers channels, bool aligned,
+               Tensor out, const Tensor& products, const Tensor& items, std::optional<Tensor> signs, int64_t block,
+               bool tf32) {
+  STD_TORCH_CHECK(products.sizes()[1] * 8 == sizeof(Product), "products: expected rows of ", sizeof(Product) / 8);
+  STD_TORCH_CHECK(block == 16 || block == 32 || block == 64, "block: expected 16, 32 or 64, got ", block);
+  const Launcher launch(out);
+  Correlation task{};
+  for (int i = 0; i < 4; ++i) {
+    task.u[i] = side(us[i], pitches[i], channels[i]);
+    task.v[i] = side(vs[i], pitches[4 + i], channels[4 + i]);
+  }
+  task.u_dtype = dtype_of(us[0]), task.v_dtype = dtype_of(vs[2]), task.aligned = aligned;
+  task.out = data<float>(out);
+  task.products = const_data<Product>(products), task.items = const_data<Item>(items);
+  if (signs) task.signs = const_data<float>(*signs), task.samples = signs->sizes()[1];
+  const auto count = static_cast<unsigned>(items.sizes()[0]);
+  choose_correlate(task, block, tf32, [&](auto math, auto size) {
+    using Kernel = Correlate<decltype(math), size.value>;
+    launch(correlate_kernel<decltype(math), size.value>, count, Grid<size.value>::threads,
+           sizeof(typename Kernel::Shared), task);
+  });
+}
+
+void reduce(Tensor workspace, const Tensor& sums, int64_t elements) {
+  const Launcher launch(workspace);
+  launch(reduce_kernel, static_cast<unsigned>(sums.sizes()[0]), kAssembleThreads, 0, data<float>(workspace),
+         const_data<SplitSum>(sums), static_cast<int>(elements));
+}
+
+void assemble(const Tensor& slots, std::vector<Tensor> results, const Tensor& regions, const Tensor& starts,
+              const Tensor& terms, const Tensor& weights, int64_t programs, int64_t tile_rows, int64_t tile_columns) {
+  STD_TORCH_CHECK(regions.sizes()[1] * 8 == sizeof(Region), "regions: expected rows of ", sizeof(Region) / 8);
+  const Launcher launch(slots);
+  Assembly task{};
+  task.slots = const_data<float>(slots), task.slots_size = slots.strides()[0];
+  for (size_t i = 0; i < results.size(); ++i) task.results[i] = data<float>(results[i]);
+  task.regions = const_data<Region>(regions), task.starts = const_data<int>(starts);
+  task.terms = const_data<Term>(terms), task.weights = const_data<float>(weights);
+  task.count = static_cast<int>(regions.sizes()[0]);
+  task.tile_rows = static_cast<int>(tile_rows), task.tile_columns = static_cast<int>(tile_columns);
+  const dim3 grid(static_cast<unsigned>(programs), static_cast<unsigned>(slots.sizes()[0]));
+  launch(assemble_kernel, grid, kAssembleThreads, 0, task);
+}
+
+// Maps are NHWC; a matrix is a map of one pixel. kernel: taps, columns, then strides, paddings and dilations.
+void subtract(const Tensor& h, const Tensor& v, Integers pitches, int64_t channels, bool aligned, const Tensor& weight,
+              const Tensor& bias, Tensor out, Integers kernel, int64_t block, bool tf32) {
+  const Launcher launch(out);
+  const auto length = [](const Tensor& maps, int axis) {
+    return maps.dim() == 4 ? static_cast<int>(maps.sizes()[axis]) : 1;
+  };
+  Subtraction task{};
+  task.h = side(h, pitches[0], channels), task.v = side(v, pitches[1], 0);
+  task.h_dtype = dtype_of(h), task.v_dtype = dtype_of(v), task.aligned = aligned;
+  task.weight = const_data<float>(weight), task.bias = const_data<float>(bias);
+  task.out = data<float>(out), task.out_pitch = pitches[2];
+  task.targets = static_cast<int>(weight.sizes()[2]);
+  task.rows = length(v, 1), task.columns = length(v, 2);
+  task.map_rows = length(h, 1), task.map_columns = length(h, 2);
+  task.positions = v.sizes()[0] * task.rows * task.columns;
+  task.taps = static_cast<int>(kernel[0]), task.kernel_columns = static_cast<int>(kernel[1]);
+  for (int axis = 0; axis < 2; ++axis) {
+    task.stride[axis] = static_cast<int>(kernel[2 + axis]);
+    task.padding[axis] = static_cast<int>(kernel[4 + axis]);
+    task.step[axis] = static_cast<int>(kernel[6 + axis]);
+  }
+  const auto blocks = static_cast<unsigned>(subtract_blocks(task, block));
+  choose_subtract(block, tf32, [&](auto math, auto size) {
+    using Kernel = Subtract<decltype(math), size.value>;
+    launch(subtract_kernel<decltype(math), size.value>, blocks, Grid<size.value>::threads,
+           sizeof(typename Kernel::Shared), task);
+  });
+}
+
+}  // namespace
+}  // namespace growkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(growkern_cuda, m) {
+  m.def(
+      "correlate(Tensor[] us, Tensor[] vs, int[] pitches, int[] channels, bool aligned, Tensor(a!) out,"
+      " Tensor products, Tensor items, Tensor? signs, int block, bool tf32) -> ()");
+  m.def("reduce(Tensor(a!) workspace, Tensor sums, int elements) -> ()");
+  m.def(
+      "assemble(Tensor slots, Tensor[] results, Tensor regions, Tensor starts, Tensor terms, Tensor weights,"
+      " int programs, int tile_rows, int tile_columns) -> ()");
+  m.def(
+      "subtract(Tensor h, Tensor v, int[] pitches, int channels, bool aligned, Tensor weight, Tensor bias,"
+      " Tensor(a!) out, int[] kernel, int block, bool tf32) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(growkern_cuda, CUDA, m) {
+  m.impl("correlate", TORCH_BOX(&growkern::correlate));
+  m.impl("reduce", TORCH_BOX(&growkern::reduce));
+  m.impl("assemble", TORCH_BOX(&growkern::assemble));
+  m.impl("subtract", TORCH_BOX(&growkern::subtract));
+}

@@ -1,0 +1,91 @@
+"""Launches of the CUDA kernels of the second moments: the engine of `gpu`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from growkern.ops.moments.geometry import ConvGeometry
+from growkern.ops.moments.gpu import Rows, alignment
+from growkern.ops.moments.plan import Plan
+from growkern.ops.moments.schedule import ASSEMBLE_COLUMNS, ASSEMBLE_ROWS, SUM_BLOCK, Schedule, Tiles
+
+native = torch.ops.growkern_cuda
+
+
+def tiles(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
+    """Choose the tiles by the widest source."""
+    block = _block(max(plan.channels))
+    return Tiles(block, block, 32)
+
+
+def correlate(
+    us: Sequence[Rows], vs: Sequence[Rows], out: Tensor, plan: Schedule, precision: str, signs: Tensor | None
+) -> None:
+    """Launch one block of threads for every item of the schedule."""
+    if not len(plan.items):
+        return
+    sides = (*us, *vs)
+    native.correlate(
+        [each.data for each in us],
+        [each.data for each in vs],
+        [each.pitch for each in sides],
+        [each.channels for each in sides],
+        _aligned(*sides),
+        out,
+        plan.products,
+        plan.items,
+        signs,
+        plan.tiles.block_m,
+        precision == "tf32",
+    )
+
+
+def reduce(workspace: Tensor, plan: Schedule) -> None:
+    """Launch one block of threads for every chunk of every product that was split."""
+    if len(plan.sums):
+        native.reduce(workspace, plan.sums, SUM_BLOCK)
+
+
+def assemble(slots: Tensor, plan: Schedule, results: Sequence[Tensor]) -> None:
+    """Launch one block of threads for every tile of every region and draw."""
+    if plan.programs and len(slots):
+        native.assemble(
+            slots,
+            list(results),
+            plan.regions,
+            plan.starts,
+            plan.terms,
+            plan.weights,
+            plan.programs,
+            ASSEMBLE_ROWS,
+            ASSEMBLE_COLUMNS,
+        )
+
+
+def subtract(h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer: ConvGeometry, precision: str) -> None:
+    """Launch one block of threads for every tile of positions and channels of v."""
+    if not weight.shape[2]:
+        return
+    native.subtract(
+        h.data,
+        v.data,
+        [h.pitch, v.pitch, out.pitch],
+        h.channels,
+        _aligned(h),
+        weight,
+        bias,
+        out.data,
+        [consumer.taps, consumer.kernel_size[1], *consumer.stride, *consumer.padding, *consumer.dilation],
+        _block(weight.shape[2]),
+        precision == "tf32",
+    )
+
+
+def _block(channels: int) -> int:
+    return 16 if channels <= 16 else 32 if channels <= 32 else 64
+
+
+def _aligned(*sides: Rows) -> bool:
+    """Whether all rows can be read by 16 bytes, or 8 where they become float32."""
+    return all(alignment(each) > 1 for each in sides)
