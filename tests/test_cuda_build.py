@@ -35,19 +35,10 @@ def build(tmp_path_factory):
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     told = ""
     for i, source in enumerate(sorted((ROOT / "csrc").rglob("*.cu"))):
-        command = [
-            nvcc,
-            *flags,
-            *includes,
-            *targets,
-            "--keep",
-            "--keep-dir",
-            folder,
-            "-c",
-            source,
-            "-o",
-            folder / f"{i}.o",
-        ]
+        kept = folder / str(i)
+        kept.mkdir()
+        keep = ["--keep", "--keep-dir", kept]
+        command = [nvcc, *flags, *includes, *targets, *keep, "-c", source, "-o", folder / f"{i}.o"]
         told += subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return folder, told
 

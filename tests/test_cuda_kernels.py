@@ -82,7 +82,7 @@ def test_eigh(case, jacobi):
     for dtype in case.dtypes:
         (a,), _ = case.arguments(dtype)
         results = []
-        for seed in SEEDS:
+        for seed in SEEDS[:2]:
             jacobi(seed=seed, outside=seed == 1)
             results.append(decompose("eigh", a))
         w, q = results[0]
@@ -207,19 +207,18 @@ def test_rank_deficient_factors_are_orthonormal():
 # Moments -------------------------------------------------------------------------------------------------
 
 MOMENTS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
-SIXTEEN = (torch.bfloat16, torch.float16)
 # Tiles of every size, aligned or not, several of them, and positions that are split.
 LARGE = [
-    LinearCase(op="linear_moments", name="one tile", rows=1300, widths=(64, 64, 64)),
-    LinearCase(op="linear_moments", name="unaligned tiles", rows=1100, widths=(70, 33, 20)),
-    LinearCase(op="linear_residual", name="tiles", rows=600, widths=(68, 40, 36), draws=2),
+    LinearCase(op="linear_moments", name="one tile", rows=600, widths=(64, 64, 64)),
+    LinearCase(op="linear_moments", name="unaligned tiles", rows=600, widths=(66, 33, 20)),
+    LinearCase(op="linear_residual", name="tiles", rows=300, widths=(68, 40, 36), draws=1),
     *(
         Conv2dCase(op=op, name=name, batch=2, channels=channels, maps=maps, draws=2, layout=layout)
         for op in ("conv2d_moments", "conv2d_residual")
         for name, channels, maps, layout in (
             ("narrow", (8, 5, 4), (18, 17), "contiguous"),
-            ("middle", (20, 32, 24), (9, 6), "channels_last"),
-            ("wide", (33, 17, 70), (7, 5), "contiguous"),
+            ("middle", (20, 32, 24), (7, 4), "channels_last"),
+            ("wide", (33, 17, 66), (4, 5), "contiguous"),
         )
     ),
 ]
@@ -254,8 +253,11 @@ def test_moments(case):
             assert error(one, other) <= MOMENT_TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in LARGE for dtype in (torch.float32, torch.bfloat16)] + [(LARGE[1], torch.float16)],
+    ids=str,
+)
 def test_moments_of_every_tile(case, dtype, moments):
     args, named = case.arguments(dtype, seed=2)
     expected = moments_of(case, *to_double((args, named)), "reference")
@@ -263,9 +265,10 @@ def test_moments_of_every_tile(case, dtype, moments):
     out = moments_of(case, args, named, "cuda")
     for one, other, exact in zip(out, usual, expected, strict=True):
         assert error(one, exact) <= 2 * max(error(other, exact), 2.0**-24)
-    moments(1)
-    for one, other in zip(moments_of(case, args, named, "cuda"), out, strict=True):
-        assert torch.equal(one, other)
+    if dtype == torch.float32:
+        moments(1)
+        for one, other in zip(moments_of(case, args, named, "cuda"), out, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.usefixtures("moments")

@@ -88,6 +88,14 @@ struct Tf32 {
     }
   };
 
+  template <int BLOCK, class Left, class Right, class Mma>
+  __device__ static void multiply_all(const Left& left, const Right& right, Sums<BLOCK>& sums, const Mma& mma) {
+#pragma unroll
+    for (int m = 0; m < Grid<BLOCK>::mt; ++m)
+#pragma unroll
+      for (int n = 0; n < Grid<BLOCK>::nt; ++n) mma(sums.at[m][n], left[m], right[n]);
+  }
+
   template <int BLOCK>
   __device__ static void multiply(const float* u, const float* v, Sums<BLOCK>& sums) {
     using Grid = Grid<BLOCK>;
@@ -105,16 +113,12 @@ struct Tf32 {
 #pragma unroll
       for (int n = 0; n < Grid::nt; ++n)
         for (int i = 0; i < 2; ++i) right[n].set(i, v[(k + i * 4) * Grid::ld + n * 8]);
-#pragma unroll
-      for (int m = 0; m < Grid::mt; ++m)
-#pragma unroll
-        for (int n = 0; n < Grid::nt; ++n) {
-          if (kSplit) {
-            mma_tf32(sums.at[m][n], left[m].low, right[n].high);
-            mma_tf32(sums.at[m][n], left[m].high, right[n].low);
-          }
-          mma_tf32(sums.at[m][n], left[m].high, right[n].high);
-        }
+      // Neighbouring instructions add to different sums, so that none waits for the one before it.
+      if (kSplit) {
+        multiply_all(left, right, sums, [](auto& c, const auto& a, const auto& b) { mma_tf32(c, a.low, b.high); });
+        multiply_all(left, right, sums, [](auto& c, const auto& a, const auto& b) { mma_tf32(c, a.high, b.low); });
+      }
+      multiply_all(left, right, sums, [](auto& c, const auto& a, const auto& b) { mma_tf32(c, a.high, b.high); });
     }
   }
 };
