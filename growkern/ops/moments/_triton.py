@@ -38,9 +38,16 @@ def _pick(index, x, h, v, ones):
 
 @triton.jit
 def _rows(pointer, pixel, pitch, channel, channels, valid):
-    """A tile of activations, (positions, channels); zeros outside."""
+    """Load a tile of activations, (positions, channels), with zeros outside."""
     mask = valid[:, None] & (channel < channels)[None, :]
     return tl.load(pointer + pixel[:, None] * pitch + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _columns(pointer, pixel, pitch, channel, channels, valid):
+    """Load the same as (channels, positions): with `tl.trans` Triton would copy 4 bytes at a time, not 16."""
+    mask = valid[None, :] & (channel < channels)[:, None]
+    return tl.load(pointer + pixel[None, :] * pitch + channel[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -49,9 +56,10 @@ def correlate_kernel(
     x_pitch, h_pitch, v_pitch, x_channels, h_channels, v_channels,
     out, products, items, signs, samples,
     ALIGN: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, SIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr, CHAIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FIELDS: tl.constexpr,
+    OPERAND: tl.constexpr, CHAIN: tl.constexpr, FIELDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k u(k) v(k)ᵀ for one tile of a product over one range of positions."""
+    """Sum u(k) v(k)ᵀ over k for one tile of a product over one range of positions."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     item = items + 4 * tl.program_id(0)
     product = products + tl.load(item) * FIELDS
@@ -78,9 +86,10 @@ def correlate_kernel(
     m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Tensor cores drop low bits when they add up: sums restart after every chain.
-    for chain in range(first, last, BLOCK_K * CHAIN):
+    reach = BLOCK_K * CHAIN if CHAIN else last - first
+    for chain in range(first, last, reach):
         part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(chain, tl.minimum(last, chain + BLOCK_K * CHAIN), BLOCK_K):
+        for start in range(chain, tl.minimum(last, chain + reach), BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             valid = k < last
             if MATRIX:
@@ -93,19 +102,27 @@ def correlate_kernel(
                 column = rest - row * columns
                 u_pixel = u_base + image * u_pixels + row * u_row + column * u_column
                 v_pixel = v_base + image * v_pixels + row * v_row + column * v_column
-            a = _rows(u_pointer, u_pixel, u_pitch, m, u_channels, valid).to(OPERAND)
+            a = _columns(u_pointer, u_pixel, u_pitch, m, u_channels, valid).to(OPERAND)
             b = _rows(v_pointer, v_pixel, v_pitch, n, v_channels, valid).to(OPERAND)
             if SIGNED:
                 b *= tl.load(sign + image, mask=valid, other=0.0)[:, None].to(OPERAND)
-            part = tl.dot(tl.trans(a), b, part, input_precision=PRECISION)
+            if PRECISION == "tf32" and OPERAND == tl.float32:
+                # Tensor cores take float32 along positions only. Through registers the tiles are turned in shared
+                # memory; straight into it they would come 4 bytes at a time.
+                a += 0.0
+                b += 0.0
+            if CHAIN:
+                part = tl.dot(a, b, part, input_precision=PRECISION)
+            else:
+                total = tl.dot(a, b, total, input_precision=PRECISION)
         total += part
 
     target = out + tl.load(product + 8) + split.to(tl.int64) * tl.load(product + 9)
     inside = (m < m_size)[:, None] & (n < n_size)[None, :]
     tl.store(target + m.to(tl.int64)[:, None] * n_size + n[None, :], total, mask=inside)
     if (tl.load(product + 19) != 0) & (tile_m != tile_n):  # a symmetric product has no tiles below the diagonal
-        inside = (n < n_size)[:, None] & (m < m_size)[None, :]
-        tl.store(target + n.to(tl.int64)[:, None] * n_size + m[None, :], tl.trans(total), mask=inside)
+        below = (n < n_size)[:, None] & (m < m_size)[None, :]
+        tl.store(target + n.to(tl.int64)[:, None] * n_size + m[None, :], tl.trans(total), mask=below)
 
 
 @triton.jit
@@ -183,7 +200,7 @@ def subtract_kernel(
     ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """v − (weights ∗ h + bias) at a tile of positions and channels of v."""
+    """Form v − (weights ∗ h + bias) at a tile of positions and channels of v."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     across = tl.cdiv(targets, BLOCK_N)
     position = (tl.program_id(0) // across).to(index) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -216,9 +233,14 @@ def subtract_kernel(
 
 def tiles(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
     """Choose the tiles by the widest source."""
-    widest = max(plan.channels)
-    block = 16 if widest <= 16 else 32 if widest <= 32 else 64
-    return Tiles(block, block, 32 if dtype == torch.float32 else 64, 4 if block == 64 else 1)
+    widest, half = max(plan.channels), dtype != torch.float32
+    if widest <= 16:
+        return Tiles(16, 16, 64 if half else 32, 1)
+    if widest <= 32:
+        return Tiles(32, 32, 64 if half else 32, 2)
+    if widest < 128 or (precision == "ieee" and not half):
+        return Tiles(64, 64, 64 if half else 32, 4)
+    return Tiles(128, 128, 64, 8, programs=2) if half else Tiles(128, 64, 32, 8, programs=4)
 
 
 def correlate(
@@ -227,7 +249,7 @@ def correlate(
     """Launch one program for every item of the schedule."""
     if not len(plan.items):
         return
-    (x, h, v, _), align, tiles = us, alignment(*us, *vs), plan.tiles
+    (x, h, *_), align, tiles = us, alignment(*us, *vs), plan.tiles
     half = vs[2].data.itemsize == 2
     correlate_kernel[(len(plan.items),)](
         *(each.data for each in (*us, *vs)),
@@ -244,7 +266,7 @@ def correlate(
         SIGNED=signs is not None,
         PRECISION=_precision(precision, half),
         OPERAND=_operand(x.data.dtype, vs[2].data.dtype),
-        CHAIN=CHAIN // tiles.block_k if half else 2**20,
+        CHAIN=CHAIN // tiles.block_k if half else 0,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
@@ -325,7 +347,7 @@ def _wide(*sides: Rows) -> bool:
 
 
 def _operand(u: torch.dtype, v: torch.dtype) -> tl.dtype:
-    """What is multiplied: float32 where the sides differ; the interpreter has no bfloat16."""
+    """Choose what is multiplied: float32 where the sides differ; the interpreter has no bfloat16."""
     if u != v or u == torch.float32 or (u == torch.bfloat16 and INTERPRETED):
         return tl.float32
     return tl.bfloat16 if u == torch.bfloat16 else tl.float16

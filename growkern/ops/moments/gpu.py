@@ -244,21 +244,21 @@ def _rows(tensor: Tensor) -> Rows:
 
 
 def _sides(x: Rows, h: Rows, v: Rows) -> list[Rows]:
-    """The sources of products, with the ones last."""
+    """List the sources of products, with the ones last."""
     whole = 16 // x.data.itemsize
     return [x, h, v, Rows(_ones(x.data.dtype, x.data.device), whole, whole)]
 
 
 @functools.cache
 def _ones(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A row of 16 bytes: a one, and zeros to fill it up."""
+    """Make a row of 16 elements: a one, then zeros."""
     return torch.eye(1, 16, dtype=dtype)[0].to(device)
 
 
 def _read(
     engine: Engine, x: Tensor, h: Tensor, v: Tensor, update: Tensor, consumer: ConvGeometry, bias: bool, precision: str
 ) -> tuple[list[Rows], Rows]:
-    """The sides x and h of products, and v⊥ = v − update·h in float32."""
+    """Read the sides x and h of products, and form v⊥ = v − update·h in float32."""
     x_rows, h_rows, v_rows = _rows(x), _rows(h), _rows(v)
     features, taps = h.shape[1] * consumer.taps, consumer.taps
     weight = update.new_zeros(taps, h_rows.channels, len(update), dtype=torch.float32)

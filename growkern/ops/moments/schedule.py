@@ -98,7 +98,7 @@ def schedule(
     """
     count = len(plan.products)
     extents = np.array([plan.extent(number) for number in range(count)], np.int64).reshape(count, 2)
-    areas = np.array([p.rows.count * p.columns.count for p in plan.products], np.int64)
+    areas = np.array([p.rows.length * p.columns.length for p in plan.products], np.int64)
     sizes, positions = extents.prod(1), areas * images
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     slots = int(offsets[-1])
@@ -128,10 +128,20 @@ def schedule(
             split = not per_image and splits[number] > 1
             target = int(targets[number]) + draw * (spare if split else slots)
             rows.append(
-                [product.u, product.v, *extents[number], areas[number], product.columns.count, positions[number]]
-                + [lengths[number], target, stride[number]]
-                + [*_walk(product, plan.sizes[product.u], 0), *_walk(product, plan.sizes[product.v], 1)]
-                + [draw, symmetric[number]]
+                (
+                    *(product.u, product.v, *extents[number]),
+                    *(
+                        areas[number],
+                        product.columns.length,
+                        positions[number],
+                        lengths[number],
+                        target,
+                        stride[number],
+                    ),
+                    *_walk(product, plan.sizes[product.u], 0),
+                    *_walk(product, plan.sizes[product.v], 1),
+                    *(draw, symmetric[number]),
+                )
             )
             table = np.empty((splits[number], len(grid[number]), 4), np.int32)
             table[..., 0] = draw * count + number
@@ -148,19 +158,23 @@ def schedule(
     small = np.minimum(lengths, positions)[tables[:, 0] % max(1, count)] < lengths.max(initial=1)
     tables = tables[np.lexsort((tables[:, 3], small))]
     regions, starts, terms, weights, programs = _assembly(plan, offsets, extents)
-    on_device = [
-        torch.from_numpy(each).to(device)
-        for each in (
-            np.array(rows, np.int64).reshape(-1, FIELDS),
-            tables,
-            _joined(sums, 5, np.int64),
-            regions,
-            starts,
-            terms,
-            weights,
-        )
-    ]
-    return Schedule(*on_device, slots, elements, tiles, programs)
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Schedule(
+        products=on_device(np.array(rows, np.int64).reshape(-1, FIELDS)),
+        items=on_device(tables),
+        sums=on_device(_joined(sums, 5, np.int64)),
+        regions=on_device(regions),
+        starts=on_device(starts),
+        terms=on_device(terms),
+        weights=on_device(weights),
+        slots=slots,
+        elements=elements,
+        tiles=tiles,
+        programs=programs,
+    )
 
 
 def _same(piece: Piece) -> bool:
@@ -189,11 +203,21 @@ def _joined(tables: list[np.ndarray], width: int, dtype: type) -> np.ndarray:
 def _assembly(
     plan: Plan, offsets: np.ndarray, extents: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Tables of how slots make results.
+    """Tabulate how slots make results.
 
-    regions: first program, result, first element in it, its pitch, rows, taps of u, columns, taps of v, first
-    block, most terms of a block, elements of the result. Block b has the terms starts[b] to starts[b + 1]; a term
-    is a slot and the steps by channel of u and of v in it, with its weight.
+    Returns
+    -------
+    regions : array, shape (regions, REGION_FIELDS)
+        First program, result, first element in it, its pitch, rows, taps of u, columns, taps of v, first block,
+        most terms of a block, elements of the result.
+    starts : array, shape (blocks + 1,)
+        Block b has the terms starts[b] to starts[b + 1].
+    terms : array, shape (terms, 3)
+        Slot, and the steps by channel of u and of v in it.
+    weights : array, shape (terms,)
+        Of the terms.
+    programs : int
+        How many tiles there are.
     """
     regions, terms, weights, starts, first = [], [], [], [0], 0
     for region in plan.regions:
@@ -202,8 +226,10 @@ def _assembly(
         corner = region.first_row * pitch + region.first_column
         most = max(map(len, region.blocks), default=0)
         regions.append(
-            [first, region.result, corner, pitch, height, region.u_taps, width, region.v_taps, len(starts) - 1, most]
-            + [plan.shapes[region.result][0] * pitch]
+            (
+                *(first, region.result, corner, pitch, height, region.u_taps, width, region.v_taps),
+                *(len(starts) - 1, most, plan.shapes[region.result][0] * pitch),
+            )
         )
         first += -(-height // ASSEMBLE_ROWS) * -(-width // ASSEMBLE_COLUMNS)
         for block in region.blocks:
