@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from growkern import ops
+from growkern.backend import DEVICES
 from growkern.ops import ConvGeometry
 
 # Largest ‖out − ref‖/‖ref‖ of any result, ref being the float64 reference on the same (rounded) inputs.
@@ -294,6 +295,11 @@ CASES: list[Case] = [
 def cases(*names: str, size: str = "test") -> list[Case]:
     """Rows of the table for the given ops."""
     return [case for case in CASES if case.op in names and case.size == size]
+
+
+def device_of(backend: str) -> str:
+    """Where tests run a backend: on the CPU if it can."""
+    return "cpu" if "cpu" in DEVICES.get(backend, ("cpu",)) else "cuda"
 
 
 def to_double(call: Call) -> Call:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import MatrixCase, cases
+from cases import MatrixCase, cases, device_of
 from torch import Tensor
 
 from growkern import ops
@@ -35,7 +35,7 @@ def spread(a: Tensor, expected: Tensor) -> float:
 
 
 def identity_like(gram: Tensor) -> Tensor:
-    return torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
+    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
 
 
 def assert_decomposes(a: Tensor, w: Tensor, q: Tensor, tolerance: float):
@@ -68,7 +68,7 @@ def assert_same_values(values: Tensor, expected: Tensor, a: Tensor, tolerance: f
 
 @pytest.mark.parametrize(("case", "dtype", "backend"), EIGH, ids=str)
 def test_eigh(case: MatrixCase, dtype, backend):
-    (a,), _ = case.arguments(dtype)
+    (a,), _ = case.arguments(dtype, device=device_of(backend))
     with use_backend(backend):
         w, q = ops.eigh(a)
     assert w.dtype == q.dtype == dtype
@@ -79,7 +79,7 @@ def test_eigh(case: MatrixCase, dtype, backend):
 
 @pytest.mark.parametrize(("case", "dtype", "backend"), SVD, ids=str)
 def test_svd(case: MatrixCase, dtype, backend):
-    (a,), _ = case.arguments(dtype)
+    (a,), _ = case.arguments(dtype, device=device_of(backend))
     *batch, m, n = a.shape
     k = min(m, n)
     with use_backend(backend):
@@ -92,9 +92,9 @@ def test_svd(case: MatrixCase, dtype, backend):
 
 @pytest.mark.parametrize("backend", available("eigh"))
 def test_eigh_of_known_matrices(backend):
-    with use_backend(backend):
-        w, q = ops.eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
-        indefinite, _ = ops.eigh(torch.diag(torch.tensor([3.0, -5.0, 0.0, 1.0])))
+    with use_backend(backend), torch.device(device_of(backend)):
+        w, q = (part.cpu() for part in ops.eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]])))
+        indefinite = ops.eigh(torch.diag(torch.tensor([3.0, -5.0, 0.0, 1.0])))[0].cpu()
     assert torch.allclose(w, torch.tensor([1.0, 3.0]))
     assert torch.allclose(q.abs(), torch.full((2, 2), 0.5**0.5))
     assert torch.allclose(indefinite, torch.tensor([-5.0, 0.0, 1.0, 3.0]), atol=1e-6)
@@ -102,8 +102,8 @@ def test_eigh_of_known_matrices(backend):
 
 @pytest.mark.parametrize("backend", available("svd"))
 def test_svd_of_known_matrices(backend):
-    with use_backend(backend):
-        u, s, vh = ops.svd(torch.tensor([[0.0, -4.0, 0.0], [3.0, 0.0, 0.0]]))
+    with use_backend(backend), torch.device(device_of(backend)):
+        u, s, vh = (part.cpu() for part in ops.svd(torch.tensor([[0.0, -4.0, 0.0], [3.0, 0.0, 0.0]])))
     assert torch.allclose(s, torch.tensor([4.0, 3.0]))
     assert torch.allclose(u.abs(), torch.eye(2), atol=1e-6)
     assert torch.allclose(vh.abs(), torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]), atol=1e-6)
@@ -111,8 +111,8 @@ def test_svd_of_known_matrices(backend):
 
 @pytest.mark.parametrize("backend", available("eigh"))
 def test_badly_scaled_matrices_of_one_batch_do_not_disturb_each_other(backend):
-    (a,), _ = RANDOM.arguments(torch.float64)
-    scaled = a[:3] * torch.tensor([1e-15, 1.0, 1e15], dtype=torch.float64)[:, None, None]
+    (a,), _ = RANDOM.arguments(torch.float64, device=device_of(backend))
+    scaled = a[:3] * torch.tensor([1e-15, 1.0, 1e15], dtype=torch.float64, device=a.device)[:, None, None]
     with use_backend(backend):
         w, q = ops.eigh(scaled)
     for one, values, vectors in zip(scaled, w, q, strict=True):
@@ -129,7 +129,7 @@ def test_a_matrix_that_is_not_finite_comes_back_nan_alone(op, bad):
     spoiled[1, 2, 0, 0] = bad
     for backend in available(op):
         with use_backend(backend):
-            expected, out = getattr(ops, op)(a), getattr(ops, op)(spoiled)
+            expected, out = (getattr(ops, op)(matrices.to(device_of(backend))) for matrices in (a, spoiled))
         for part, full in zip(out, expected, strict=True):
             for index in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
                 if index in ([0, 1], [1, 2]):

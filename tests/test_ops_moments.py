@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import TOLERANCES, Conv2dCase, LinearCase, cases, error, to_double
+from cases import TOLERANCES, Conv2dCase, LinearCase, cases, device_of, error, to_double
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -138,7 +138,7 @@ def test_conv2d_is_its_definition(case: Conv2dCase):
     ids=str,
 )
 def test_every_backend_in_every_dtype(case, dtype, backend):
-    args, named = case.arguments(dtype, seed=1)
+    args, named = case.arguments(dtype, seed=1, device=device_of(backend))
     double_args, double_named = to_double((args, named))
     with use_backend("reference"):
         expected = case.function(*double_args, **double_named)

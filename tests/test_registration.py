@@ -96,7 +96,7 @@ def top_left() -> float:
 
 @pytest.mark.usefixtures("_with_cpp")
 def test_backends_register_beside_each_other():
-    assert available("linear_moments") == ("cpp", "reference")
+    assert available("linear_moments")[-2:] == ("cpp", "reference")
     assert top_left() == 1.0
     with use_backend("reference"):
         assert top_left() == 0.0
@@ -132,7 +132,9 @@ def test_the_choice_is_not_traced():
         assert compiled(x)[0, 0] == 1
 
 
-def test_a_backend_that_an_op_lacks_is_named():
+def test_a_backend_that_an_op_lacks_is_named(monkeypatch):
+    implementations = {"reference": backend._implementations["linear_moments"]["reference"]}
+    monkeypatch.setitem(backend._implementations, "linear_moments", implementations)
     with (
         use_backend("cuda"),
         pytest.raises(RuntimeError, match=r"linear_moments has no cuda implementation here; available: .*reference"),
