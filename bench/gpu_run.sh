@@ -1,18 +1,63 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU: build, run the whole test suite, and write what happened to OUT_DIR.
+# One command for a machine with a GPU: build, the tests of the ops on the GPU, the benches, then the whole suite beside
+# the sanitizer over CUDA's kernels. What happened goes to OUT_DIR as it happens, and a step that fails or takes too long
+# costs its own output only. Nine minutes at most.
 # usage: bench/gpu_run.sh OUT_DIR
-set -euo pipefail
+set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
-python3 -m pip install --quiet --no-build-isolation --no-deps -e .
-python3 - "$out/machine.json" <<'PYTHON'
+logs=$(mktemp -d)
+deadline=$((SECONDS + 530))
+export out logs CUBLAS_WORKSPACE_CONFIG=:4096:8 # or deterministic algorithms, which fill new memory with NaN, warn
+: > "$out/summary.txt"
+: > "$out/steps.log"
+
+# step NAME SECONDS COMMAND...: run it within the time, add how it ended to summary.txt and what it said to steps.log.
+step() {
+  local name=$1 seconds=$2 start=$SECONDS status=0 ended=passed
+  shift 2
+  timeout --kill-after=5 "$seconds" "$@" > "$logs/$name" 2>&1 || status=$?
+  [ $status = 0 ] || ended="FAILED with status $status"
+  echo "$name: $ended after $((SECONDS - start)) s: $(tail -n 1 "$logs/$name")" | tee -a "$out/summary.txt"
+  { echo "==== $name: $ended" && tail -c 200000 "$logs/$name"; } >> "$out/steps.log"
+  return $status
+}
+export -f step
+left() { echo $((deadline - SECONDS > $1 ? $1 : deadline - SECONDS > 1 ? deadline - SECONDS : 1)); }
+
+failed=0
+step build "$(left 150)" env GROWKERN_BUILD=cuda python3 -m pip install -v --no-build-isolation --no-deps -e . || failed=1
+step machine "$(left 60)" python3 - "$out/machine.json" <<'PYTHON' || failed=1
 import json, platform, sys
 import torch
+from growkern.backend import available
+from growkern.ops.native import build_info
+
 facts = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
 facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+facts["build"] = build_info()
+facts["backends"] = {op: available(op) for op in ("conv2d_moments", "linear_moments", "eigh", "svd")}
 open(sys.argv[1], "w").write(json.dumps(facts, indent=1) + "\n")
-print(facts)
+print(json.dumps(facts))
 PYTHON
-status=0
-python3 -m pytest -q --durations=10 --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log" || status=$?
-exit $status
+step ops "$(left 100)" python3 -m pytest -q --durations=10 \
+  tests/test_cuda.py tests/test_cuda_ops.py tests/test_ops_jacobi.py tests/test_ops_moments.py || failed=1
+step bench "$(left 130)" python3 bench/gpu_native.py "$out" --seconds 110 || failed=1
+cp "$logs/bench" "$out/gpu-native.txt"
+
+# The suite is mostly work for the CPU: one process for each file.
+seconds=$(left 270)
+export seconds OMP_NUM_THREADS=2
+printf '%s\n' tests/test_*.py | xargs -P 8 -I{} bash -c \
+  'file=$(basename {} .py); step "suite-$file" "$seconds" python3 -m pytest -q -p no:cacheprovider {}' &
+suite=$!
+if command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck initcheck; do
+    step "sanitizer-$tool" "$(left 80)" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      python3 -m pytest -q -x -p no:cacheprovider tests/test_cuda_ops.py -k "small and not triton" || failed=1
+  done
+else
+  echo "sanitizer: skipped, compute-sanitizer is not here" | tee -a "$out/summary.txt"
+fi
+wait $suite || failed=1
+exit $failed

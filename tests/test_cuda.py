@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import growkern as gk
+from growkern import backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -15,6 +16,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(
+    params=[b for b in backend.BACKENDS if "cuda" in backend.DEVICES.get(b, ()) or b == "reference"], autouse=True
+)
+def preferred(request, monkeypatch):
+    """Let "auto" prefer each backend of the GPU in turn; ops that lack it take another."""
+    if request.param not in backend.available("linear_moments"):
+        pytest.skip(f"{request.param} is not here")
+    others = [name for name in backend.BACKENDS if name != request.param]
+    monkeypatch.setattr(backend, "BACKENDS", (request.param, *others))
 
 
 def networks():
