@@ -1,5 +1,6 @@
 """Triton kernels of the second moments, and their launchers: the engine of `gpu`."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -219,16 +220,16 @@ def subtract_kernel(
         pixel = (image * map_rows + y) * map_columns + x
         for start in range(0, h_channels, BLOCK_K):
             channel = start + tl.arange(0, BLOCK_K)
-            a = _rows(h, pixel, (h_pitch * ALIGN).to(index), channel, h_channels, read)
+            a = _rows(h, pixel, h_pitch * ALIGN, channel, h_channels, read)
             w_mask = (channel < h_channels)[:, None] & (target < targets)[None, :]
             w_row = (tap * h_channels + channel)[:, None] * targets
             w = tl.load(weight + w_row + target[None, :], mask=w_mask, other=0.0)
             total = tl.dot(a.to(w.dtype), w, total, input_precision=PRECISION)
     mask = valid[:, None] & (target < targets)[None, :]
-    v_pointer = v + position[:, None] * (v_pitch * ALIGN).to(index) + target[None, :]
+    v_pointer = v + position[:, None] * (v_pitch * ALIGN) + target[None, :]
     left = tl.load(v_pointer, mask=mask, other=0.0).to(tl.float32)
     left -= tl.load(bias + target, mask=target < targets, other=0.0)[None, :]
-    tl.store(out + position[:, None] * (out_pitch * ALIGN).to(index) + target[None, :], left - total, mask=mask)
+    tl.store(out + position[:, None] * (out_pitch * ALIGN) + target[None, :], left - total, mask=mask)
 
 
 def tiles(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
@@ -239,8 +240,15 @@ def tiles(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) 
     if widest <= 32:
         return Tiles(32, 32, 64 if half else 32, 2)
     if widest < 128 or (precision == "ieee" and not half):
-        return Tiles(64, 64, 64 if half else 32, 4)
+        # From Hopper on, the operands of a matrix product stay in shared memory, and four warps have registers enough.
+        return Tiles(64, 64, 64 if half else 32, 4 if half or generation(device) >= 9 else 8)
     return Tiles(128, 128, 64, 8, programs=2) if half else Tiles(128, 64, 32, 8, programs=4)
+
+
+@functools.cache
+def generation(device: torch.device) -> int:
+    """Tell the major compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def correlate(
@@ -310,7 +318,7 @@ def subtract(h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer
     rows, columns = v.data.shape[1:3] if v.data.ndim == 4 else (1, 1)
     map_rows, map_columns = h.data.shape[1:3] if h.data.ndim == 4 else (1, 1)
     align = alignment(h, v, out)
-    block = 16 if targets <= 16 else 32 if targets <= 32 else 64
+    block = 32 if targets <= 32 else 64
     subtract_kernel[(triton.cdiv(positions, 64) * triton.cdiv(targets, block),)](
         h.data,
         h.pitch // align,
@@ -338,6 +346,7 @@ def subtract(h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer
         BLOCK_M=64,
         BLOCK_N=block,
         BLOCK_K=32,
+        num_stages=2,
     )
 
 

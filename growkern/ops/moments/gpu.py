@@ -18,6 +18,7 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
 
 PER_IMAGE_BYTES = 256 * 2**20  # that the sums of single images may take at once
+ONES = 8  # elements of the row of ones: 16 bytes or more
 SPLITS_ELEMENTS = 4 * 2**20  # that partial sums may take whatever the size of inputs and results
 
 
@@ -43,7 +44,7 @@ class Engine(Protocol):
     """The kernels that a backend has to have. Nothing in them waits for the device."""
 
     def tiles(self, plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
-        """Choose how to cut the products of a plan."""
+        """Choose how to cut the products of a plan, whose operands have the given dtype."""
 
     def correlate(
         self, us: Sequence[Rows], vs: Sequence[Rows], out: Tensor, plan: Schedule, precision: str, signs: Tensor | None
@@ -115,7 +116,7 @@ def linear_residual(
     with torch.cuda.device_of(x):
         us, left = _read(engine, x, h, v, update, one, h_bias, precision)
         draws = _draws(signs, x)
-        table = _schedule(engine, plan, x, len(draws), False, precision)
+        table = _schedule(engine, plan, left, len(draws), False, precision)
         workspace = x.new_empty(table.elements, dtype=torch.float32)
         engine.correlate(us, _sides(left, left, left), workspace, table, precision, draws)
         engine.reduce(workspace, table)
@@ -146,7 +147,7 @@ def conv2d_residual(
         us, left = _read(engine, x, h, v, update, read, h_bias, precision)
         draws = _draws(signs, x)
         if len(draws) == 1:
-            table = _schedule(engine, plan, x, 1, False, precision)
+            table = _schedule(engine, plan, left, 1, False, precision)
             workspace = x.new_empty(table.elements, dtype=torch.float32)
             engine.correlate(us, _sides(left, left, left), workspace, table, precision, None)
             engine.reduce(workspace, table)
@@ -157,7 +158,7 @@ def conv2d_residual(
         for start in range(0, len(x), step):
             some = slice(start, start + step)
             part = left._replace(data=left.data[some])
-            table = _schedule(engine, plan, x[some], 1, True, precision)
+            table = _schedule(engine, plan, part, 1, True, precision)
             workspace = x.new_empty(table.elements, dtype=torch.float32)
             sides = [each._replace(data=each.data[some]) for each in us[:3]]
             engine.correlate(_sides(*sides), _sides(part, part, part), workspace, table, precision, None)
@@ -185,7 +186,7 @@ def _moments(engine: Engine, plan: Plan, tensors: Sequence[Tensor], precision: s
     with torch.cuda.device_of(x):
         x_rows, h_rows, v_rows = (_rows(each) for each in tensors)
         sides = _sides(x_rows, h_rows, v_rows)
-        table = _schedule(engine, plan, x, 1, False, precision)
+        table = _schedule(engine, plan, v_rows, 1, False, precision)
         workspace = x.new_empty(table.elements, dtype=torch.float32)
         engine.correlate(sides, sides, workspace, table, precision, None)
         engine.reduce(workspace, table)
@@ -204,13 +205,13 @@ def _residuals(engine: Engine, plan: Plan, table: Schedule, sums: Tensor) -> Thr
     return xr.squeeze(0), xr_null, hr_null[0] if hr_null else sums.new_empty(len(sums) - 1, 0, targets)
 
 
-def _schedule(engine: Engine, plan: Plan, x: Tensor, draws: int, per_image: bool, precision: str) -> Schedule:
-    tiles = engine.tiles(plan, x.dtype, precision, x.device)
-    images = len(x)
+def _schedule(engine: Engine, plan: Plan, v: Rows, draws: int, per_image: bool, precision: str) -> Schedule:
+    device, images = v.data.device, len(v.data)
+    tiles = engine.tiles(plan, v.data.dtype, precision, device)
     outside = sum(images * c * h * w for c, (h, w) in zip(plan.channels, plan.sizes, strict=True))
     outside += draws * sum(height * width for height, width in plan.shapes)
     most = max(SPLITS_ELEMENTS, outside // 4)
-    return schedule(plan, images, draws, per_image, tiles, _processors(x.device), most, x.device)
+    return schedule(plan, images, draws, per_image, tiles, _processors(device), most, device)
 
 
 @functools.cache
@@ -245,14 +246,13 @@ def _rows(tensor: Tensor) -> Rows:
 
 def _sides(x: Rows, h: Rows, v: Rows) -> list[Rows]:
     """List the sources of products, with the ones last."""
-    whole = 16 // x.data.itemsize
-    return [x, h, v, Rows(_ones(x.data.dtype, x.data.device), whole, whole)]
+    return [x, h, v, Rows(_ones(x.data.dtype, x.data.device), ONES, ONES)]
 
 
 @functools.cache
 def _ones(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a row of 16 elements: a one, then zeros."""
-    return torch.eye(1, 16, dtype=dtype)[0].to(device)
+    """Make a row of a one, then zeros."""
+    return torch.eye(1, ONES, dtype=dtype)[0].to(device)
 
 
 def _read(
