@@ -37,7 +37,7 @@ void run_eigh(const Tensor& a, Tensor& w, Tensor& q) {
   const Launcher launch(a);
   const auto count = static_cast<unsigned>(a.sizes()[0]);
   const int n = static_cast<int>(a.sizes()[2]), threads = eigh_threads(n);
-  const EighLayout layout(n);
+  const EighLayout<T> layout(n);
   const int64_t all = layout.elements(true) * sizeof(T), some = layout.elements(false) * sizeof(T);
   if (all <= launch.shared_bytes()) {
     launch(eigh_kernel<T, true>, count, threads, all, const_data<T>(a), data<T>(w), data<T>(q),

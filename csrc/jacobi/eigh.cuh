@@ -10,21 +10,29 @@ constexpr int kEighThreads = 512;  // at most
 
 constexpr int eigh_threads(int n) { return n <= 16 ? 32 : n <= 32 ? 64 : n <= 48 ? 128 : n <= 80 ? 256 : kEighThreads; }
 
-// Where things lie in shared memory, in elements. A is a packed triangle: along rows and along columns threads meet
-// in a bank at most twice.
+// The two indices that meet, and where their rows start in the packed triangle.
+struct alignas(16) Meeting {
+  int p, q, p_row, q_row;
+};
+
+// Where things lie in shared memory, in elements: rotations, meetings, sums of warps, the matrix as a packed triangle,
+// vectors. Along rows and along columns of the triangle threads meet in a bank at most twice.
+template <class T>
 struct EighLayout {
+  static constexpr int per_meeting = sizeof(Meeting) / sizeof(T);
   int n, even, triangle, ld;
 
   __host__ __device__ explicit EighLayout(int size)
       : n(size), even(size + size % 2), triangle(even * (even + 1) / 2), ld(size | 1) {}
-  __host__ __device__ int partial() const { return even; }  // after the rotations
+  __host__ __device__ int rotations() const { return even / 2 * per_meeting; }
+  __host__ __device__ int partial() const { return rotations() + even; }
   __host__ __device__ int matrix() const { return partial() + 32; }
   __host__ __device__ int vectors() const { return matrix() + triangle; }
-  __host__ __device__ int elements(bool vectors_in_shared) const { return vectors() + (vectors_in_shared ? n * ld : 0); }
+  __host__ __device__ int elements(bool vectors_inside) const { return vectors() + (vectors_inside ? n * ld : 0); }
 
-  // Of an entry of the upper triangle, its row before its column.
-  __device__ int at(int row, int column) const { return row * even - row * (row + 1) / 2 + column; }
-  __device__ int symmetric(int i, int j) const { return i < j ? at(i, j) : at(j, i); }
+  // Row i of the upper triangle starts so that column j ≥ i lies at row(i) + j.
+  __device__ int row(int i) const { return i * even - i * (i + 1) / 2; }
+  __device__ int symmetric(int i, int j) const { return i < j ? row(i) + j : row(j) + i; }
 };
 
 // Unordered pairs (i, j) of `count`, threads side by side at neighbouring i: j = i + distance, around the end.
@@ -51,26 +59,28 @@ struct Pairs {
 
 template <class T, bool kVectorsInShared>
 struct Eigh {
-  const EighLayout at;
+  const EighLayout<T> at;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  Meeting* const meetings;
   Rotation<T>* const rotations;
   T *const partial, *const matrix, *const vectors;  // the rows of `vectors` are eigenvectors
 
   __device__ Eigh(int n, T* shared, T* outside)
-      : at(n), rotations(reinterpret_cast<Rotation<T>*>(shared)), partial(shared + at.partial()),
+      : at(n), meetings(reinterpret_cast<Meeting*>(shared)),
+        rotations(reinterpret_cast<Rotation<T>*>(shared + at.rotations())), partial(shared + at.partial()),
         matrix(shared + at.matrix()), vectors(kVectorsInShared ? shared + at.vectors() : outside) {}
 
   // The lower triangle of `a` counts; an odd matrix has a row and column of zeros more.
   __device__ void load(const T* a, T scale) {
     for (int i = warp; i < at.even; i += warps)
-      for (int j = lane; j <= i; j += 32) matrix[at.at(j, i)] = i < at.n ? a[i * at.n + j] / scale : T(0);
+      for (int j = lane; j <= i; j += 32) matrix[at.row(j) + i] = i < at.n ? a[i * at.n + j] / scale : T(0);
   }
 
   __device__ T energy(int nearest) const {
     T sum = 0;
     for (int i = warp; i < at.n; i += warps)
       for (int j = i + nearest + lane; j < at.n; j += 32) {
-        const T value = matrix[at.at(i, j)];
+        const T value = matrix[at.row(i) + j];
         sum += i == j ? value * value : T(2) * value * value;
       }
     return block_sum(sum, partial);
@@ -80,8 +90,10 @@ struct Eigh {
   __device__ void angles(int round) {
     for (int pair = threadIdx.x; pair < at.even / 2; pair += blockDim.x) {
       const int p = seat(pair, round, at.even), q = seat(at.even - 1 - pair, round, at.even);
-      T &app = matrix[at.at(p, p)], &aqq = matrix[at.at(q, q)], &apq = matrix[at.symmetric(p, q)];
+      const Meeting meeting{p, q, at.row(p), at.row(q)};
+      T &app = matrix[meeting.p_row + p], &aqq = matrix[meeting.q_row + q], &apq = matrix[at.symmetric(p, q)];
       const T off = apq, t = off == 0 ? T(0) : tangent(app, aqq, off);
+      meetings[pair] = meeting;
       rotations[pair] = rotation(t);
       app -= t * off;
       aqq += t * off;
@@ -89,39 +101,39 @@ struct Eigh {
     }
   }
 
-  __device__ void apply(int round) {
+  __device__ void apply(Pairs pairs) {
     // A block of two by two is read once, and turned from both sides.
-    for (Pairs pairs(at.even / 2, 1); pairs.valid(); pairs.next()) {
-      const int first = pairs.i, second = pairs.j();
-      const Rotation<T> left = rotations[first], right = rotations[second];
-      const int p = seat(first, round, at.even), q = seat(at.even - 1 - first, round, at.even);
-      const int r = seat(second, round, at.even), s = seat(at.even - 1 - second, round, at.even);
-      T &pr = matrix[at.symmetric(p, r)], &ps = matrix[at.symmetric(p, s)];
-      T &qr = matrix[at.symmetric(q, r)], &qs = matrix[at.symmetric(q, s)];
-      T x00 = pr, x01 = ps, x10 = qr, x11 = qs;
+    for (; pairs.valid(); pairs.next()) {
+      const Meeting a = meetings[pairs.i], b = meetings[pairs.j()];
+      const Rotation<T> left = rotations[pairs.i], right = rotations[pairs.j()];
+      T& pp = matrix[a.p < b.p ? a.p_row + b.p : b.p_row + a.p];
+      T& pq = matrix[a.p < b.q ? a.p_row + b.q : b.q_row + a.p];
+      T& qp = matrix[a.q < b.p ? a.q_row + b.p : b.p_row + a.q];
+      T& qq = matrix[a.q < b.q ? a.q_row + b.q : b.q_row + a.q];
+      T x00 = pp, x01 = pq, x10 = qp, x11 = qq;
       rotate(x00, x10, left);
       rotate(x01, x11, left);
       rotate(x00, x01, right);
       rotate(x10, x11, right);
-      pr = x00, ps = x01, qr = x10, qs = x11;
+      pp = x00, pq = x01, qp = x10, qq = x11;
     }
     for (int pair = warp; pair < at.even / 2; pair += warps) {
       const Rotation<T> by = rotations[pair];
       if (by.s == 0) continue;
-      T* p = vectors + seat(pair, round, at.even) * at.ld;
-      T* q = vectors + seat(at.even - 1 - pair, round, at.even) * at.ld;
+      T *const p = vectors + meetings[pair].p * at.ld, *const q = vectors + meetings[pair].q * at.ld;
       for (int k = lane; k < at.n; k += 32) rotate(p[k], q[k], by);
     }
   }
 
   __device__ bool diagonalise() {
     const T tolerance = sizeof(T) == 8 ? T(1e-15) : T(3e-7), limit = tolerance * tolerance * energy(0);
+    const Pairs blocks(at.even / 2, 1);
     for (int sweep = 0; energy(1) > limit; ++sweep) {
       if (sweep == kSweeps) return false;
       for (int round = 0; round < at.even - 1; ++round) {
         angles(round);
         __syncthreads();
-        apply(round);
+        apply(blocks);
         __syncthreads();
       }
     }
@@ -134,6 +146,7 @@ struct Eigh {
     const int quarter = (at.n + 3) / 4;
     for (Pairs pairs(quarter, 0); pairs.valid(); pairs.next()) {
       T sums[4][4] = {};
+#pragma unroll 1  // 16 sums leave no registers for more
       for (int k = 0; k < at.n; ++k) {
         T right[4];
         for (int b = 0; b < 4; ++b) right[b] = vectors[row(pairs.j(), b, quarter) * at.ld + k];
@@ -152,6 +165,7 @@ struct Eigh {
     for (int item = threadIdx.x; item < quarter * quarter; item += blockDim.x) {
       const int i = item / quarter, k = item % quarter;
       T sums[4][4] = {};
+#pragma unroll 1
       for (int j = 0; j < at.n; ++j) {
         T right[4];
         for (int b = 0; b < 4; ++b) right[b] = vectors[j * at.ld + row(k, b, quarter)];
@@ -213,8 +227,8 @@ struct Eigh {
   }
 };
 
-// Matrix `blockIdx.x` of a batch. a, q: n × n each; w: n; outside: n × (n | 1) for the vectors, used where shared memory
-// does not hold them.
+// Matrix `blockIdx.x` of a batch. a, q: n × n each; w: n; outside: n × (n | 1) for the vectors, used where shared
+// memory does not hold them.
 template <class T, bool kVectorsInShared>
 __device__ void eigh_block(const T* a, T* w, T* q, T* outside, int n, T* shared) {
   const int64_t index = blockIdx.x;
@@ -238,7 +252,7 @@ __device__ void eigh_block(const T* a, T* w, T* q, T* outside, int n, T* shared)
   __syncthreads();
   block.load(a, scale);
   __syncthreads();
-  T* const values = shared;  // the rotations are done with
+  T* const values = shared;  // meetings and rotations are done with
   block.quadratic_forms(values);
   __syncthreads();
   block.store(values, scale, w, q);

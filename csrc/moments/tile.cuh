@@ -11,7 +11,7 @@ template <int BLOCK>
 struct Grid {
   static constexpr int warps_m = BLOCK == 16 ? 1 : 2, warps_n = 2, threads = 32 * warps_m * warps_n;
   static constexpr int mt = BLOCK / warps_m / 16, nt = BLOCK / warps_n / 8;
-  static constexpr int ld = BLOCK + 8;  // of a row in shared memory: reads along rows and along columns meet no bank twice
+  static constexpr int ld = BLOCK + 8;  // of a row in shared memory: no bank is met twice along rows or columns
 
   __device__ static int row(int m, int i) {
     const int warp = threadIdx.x / 32 / warps_n, lane = threadIdx.x % 32;
@@ -48,8 +48,8 @@ struct Sums {
   }
 };
 
-// Each way adds `depth` rows of u and v, which are (depth, ld) in shared memory. Callers start from zero for every tile:
-// tensor cores drop low bits as they add up.
+// Each way adds `depth` rows of u and v, which are (depth, ld) in shared memory. Callers start from zero for every
+// tile: tensor cores drop low bits as they add up.
 
 struct Fma {
   using Operand = float;
@@ -188,7 +188,8 @@ struct Chunk {
       }
     } else if (channel < side.channels) {
       if (Count == 4 && dtype != Dtype::float32) {
-        const uint2 found = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(side.data) + element + channel);
+        const auto* row = static_cast<const uint16_t*>(side.data) + element + channel;
+        const uint2 found = *reinterpret_cast<const uint2*>(row);
         words[0] = found.x, words[1] = found.y;
       } else {
         const char* row = static_cast<const char*>(side.data) + (element + channel) * (Count == 4 ? 4 : 2);

@@ -112,8 +112,8 @@ struct Machine {
     }
   }
 
-  // What every lane of the warp has, at intervals of 32 bytes. Two sets of slots in turn: whoever passes the next barrier
-  // knows that all have read this one.
+  // What every lane of the warp has, at intervals of 32 bytes. Two sets of slots in turn: whoever passes the next
+  // barrier knows that all have read this one.
   template <class V>
   const char (&gather(const V& value))[32][32] {
     static_assert(sizeof(V) <= 32, "lanes exchange up to 32 bytes");
@@ -181,7 +181,8 @@ inline void Machine::start() {
 }
 
 // kernel(shared memory) for every thread of every block.
-inline void launch(Dim3 grid, Dim3 block, size_t shared_bytes, uint64_t seed, const std::function<void(char*)>& kernel) {
+inline void launch(Dim3 grid, Dim3 block, size_t shared_bytes, uint64_t seed,
+                   const std::function<void(char*)>& kernel) {
   const unsigned threads = block.x * block.y * block.z;
   Machine& m = machine;
   m.random = 0x9e3779b97f4a7c15 * (seed + 1);

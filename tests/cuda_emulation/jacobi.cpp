@@ -8,7 +8,7 @@ namespace {
 
 template <class T, bool kVectorsInShared>
 void eigh(const T* a, T* w, T* q, T* outside, int count, int n, int seed) {
-  const size_t bytes = growkern::EighLayout(n).elements(kVectorsInShared) * sizeof(T);
+  const size_t bytes = growkern::EighLayout<T>(n).elements(kVectorsInShared) * sizeof(T);
   emulation::launch({unsigned(count)}, {unsigned(growkern::eigh_threads(n))}, bytes, seed, [&](char* shared) {
     growkern::eigh_block<T, kVectorsInShared>(a, w, q, outside, n, reinterpret_cast<T*>(shared));
   });
