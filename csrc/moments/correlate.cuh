@@ -128,11 +128,13 @@ struct Correlate {
   // Of a symmetric product only the part on and above the diagonal counts, so that it is symmetric bit by bit.
   __device__ void store(const Sums<BLOCK>& total) const {
     float* const target = task.out + product.target + item.split * product.stride;
+    const int64_t rows = product.rows, columns = product.columns;
+    const bool symmetric = product.symmetric;
     total.each([&](int m, int n, float value) {
       m += item.row * BLOCK, n += item.column * BLOCK;
-      if (m >= product.rows || n >= product.columns || (product.symmetric && m > n)) return;
-      target[m * product.columns + n] = value;
-      if (product.symmetric && m != n) target[n * product.columns + m] = value;
+      if (m >= rows || n >= columns || (symmetric && m > n)) return;
+      target[m * columns + n] = value;
+      if (symmetric && m != n) target[n * columns + m] = value;
     });
   }
 };

@@ -138,7 +138,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(growkern_cuda, m) {
       " Tensor products, Tensor items, Tensor? signs, int block, bool tf32) -> ()");
   m.def("reduce(Tensor(a!) workspace, Tensor sums, int elements) -> ()");
   m.def(
-      "assemble(Tensor slots, Tensor[] results, Tensor regions, Tensor starts, Tensor terms, Tensor weights,"
+      "assemble(Tensor slots, Tensor(a!)[] results, Tensor regions, Tensor starts, Tensor terms, Tensor weights,"
       " int programs, int tile_rows, int tile_columns) -> ()");
   m.def(
       "subtract(Tensor h, Tensor v, int[] pitches, int channels, bool aligned, Tensor weight, Tensor bias,"

@@ -206,7 +206,9 @@ struct Chunk {
 
   // To 16-byte aligned shared memory; float operands are multiplied by `factor`.
   __device__ void write(float* shared, Dtype dtype, bool aligned, float factor) const {
-    for (int i = 0; i < Count; ++i) shared[i] = value(i, dtype, aligned) * factor;
+    uint32_t bits[4];
+    for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(value(i, dtype, aligned) * factor);
+    *reinterpret_cast<uint4*>(shared) = {bits[0], bits[1], bits[2], bits[3]};
   }
   __device__ void write(uint16_t* shared, Dtype, bool, float) const {
     *reinterpret_cast<uint4*>(shared) = {words[0], words[1], words[2], words[3]};
