@@ -22,8 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from growkern.ops.moments import _triton as moments
-from growkern.ops.moments import gpu
+from growkern.ops.moments import Call, _triton, gpu
+from growkern.ops.moments import triton as engine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -38,7 +38,7 @@ MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async|mma\.sync", "sm_100
 MATRIX["gfx942"] = r"v_mfma"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 TYPES |= {torch.int32: "i32", torch.int64: "i64"}
-KERNELS = {moments: ("correlate_kernel", "reduce_kernel", "assemble_kernel", "subtract_kernel")}
+KERNELS = {_triton: [f"{name}_kernel" for name in ("pack", "correlate", "reduce", "assemble", "subtract")]}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -106,7 +106,7 @@ def launched(case: Conv2dCase | LinearCase, dtype: torch.dtype, precision: str, 
     arguments, named = case.arguments(dtype, device="meta")
     launches: list[Launch] = []
     amd = target.startswith("gfx")
-    generation = mock.patch.object(moments, "generation", return_value=9 if amd else int(target[3:]) // 10)
+    generation = mock.patch.object(engine, "generation", return_value=9 if amd else int(target[3:]) // 10)
     with recorded(launches), generation, mock.patch.object(torch.version, "hip", "7" if amd else None):
         update = arguments[3:]
         flags = {"x_bias": case.x_bias, "h_bias": case.h_bias, "precision": precision}
@@ -114,7 +114,10 @@ def launched(case: Conv2dCase | LinearCase, dtype: torch.dtype, precision: str, 
             flags["signs"] = named["signs"]
         if isinstance(case, Conv2dCase):
             flags |= {"producer": case.producer.pack(), "consumer": case.consumer.pack(), "kernel": case.kernel}
-        getattr(gpu, case.op)(moments, *arguments, **flags)
+        getattr(gpu, case.op)(engine, *arguments, **flags)
+        if case.op == "conv2d_moments":
+            call = Call(*arguments, case.producer, case.consumer, case.kernel, precision=precision)
+            gpu.grouped_moments(engine, [call] * 3)
     return launches
 
 
@@ -134,7 +137,7 @@ def measure(launch: Launch, target: str) -> dict[str, Any]:
     }
     assert not spilled, row
     assert row["shared"] <= SHARED[target], row
-    assert row["matrix instructions"] or row["kernel"] in ("reduce", "assemble"), row
+    assert row["matrix instructions"] or row["kernel"] in ("pack", "reduce", "assemble"), row
     return row
 
 

@@ -84,7 +84,7 @@ def test_a_schedule_covers_every_position_of_every_tile_once(per_image, processo
     same = ConvGeometry(3, 1, 1)
     plan = conv2d_plan((40, 20, 70), ((9, 8),) * 3, same, same, False, True, True)
     tiles = Tiles(32, 32, 32)
-    table = schedule(plan, 50, 1, per_image, tiles, processors, 2**40, torch.device("cpu"))
+    table = schedule((plan,), (50,), 1, per_image, tiles, processors, 2**40, torch.device("cpu"))
     items_of = collections.defaultdict(list)
     for number, *item in table.items.tolist():
         items_of[number].append(tuple(item))
@@ -113,6 +113,6 @@ def test_a_schedule_covers_every_position_of_every_tile_once(per_image, processo
 
 def test_partial_sums_stay_within_their_share_of_memory():
     plan = conv2d_plan((64, 64, 64), ((1, 1),) * 3, ConvGeometry(1), ConvGeometry(1), False, True, True)
-    many = schedule(plan, 10**6, 1, False, Tiles(64, 64, 32), 132, 2**40, torch.device("cpu"))
-    few = schedule(plan, 10**6, 1, False, Tiles(64, 64, 32), 132, 2**18, torch.device("cpu"))
+    many = schedule((plan,), (10**6,), 1, False, Tiles(64, 64, 32), 132, 2**40, torch.device("cpu"))
+    few = schedule((plan,), (10**6,), 1, False, Tiles(64, 64, 32), 132, 2**18, torch.device("cpu"))
     assert few.elements - few.slots <= 2**18 < many.elements - many.slots

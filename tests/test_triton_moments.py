@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from cases import TOLERANCES, cases, error, to_double
 
 from growkern.backend import INTERPRETED, use_backend
-from growkern.ops.moments import gpu, schedule
+from growkern.ops import ConvGeometry
+from growkern.ops.moments import Call, gpu, grouped_moments, schedule
 
 ROOT = Path(__file__).parents[1]
 OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
@@ -97,10 +99,10 @@ def test_interpreted_splits_are_added_up_in_one_order(case, many_splits):
 @interpreted
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_interpreted_offsets_of_64_bits_change_nothing(case, monkeypatch):
-    from growkern.ops.moments import _triton
+    from growkern.ops.moments import triton
 
     narrow = run(case)
-    monkeypatch.setattr(_triton, "_wide", lambda *sides: True)
+    monkeypatch.setattr(triton, "_wide", lambda *sides: True)
     assert all(torch.equal(*pair) for pair in zip(narrow, run(case), strict=True))
 
 
@@ -119,3 +121,50 @@ def test_interpreted_images_in_chunks_add_up(monkeypatch):
     monkeypatch.setattr(gpu, "PER_IMAGE_BYTES", 1)
     for one, other in zip(whole, run(case), strict=True):
         assert error(one, other.double()) <= TOLERANCES[torch.float32]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreted_sites_of_a_group_get_what_they_get_alone(dtype):
+    """Matrices and maps, NCHW, channels_last and strided, with and without room to fill up, of several widths."""
+    names = ("no bias", "strided", "1×1-full", "1×1-center", "3×3 then 1×1-full", "no images-full", "no draws-full")
+    chosen = [case for case in cases("linear_moments", "conv2d_moments") if case.name in names]
+    chosen.append(replace(chosen[2], layout="channels_last", channels=(8, 16, 40)))
+    assert len(chosen) == len(names) + 1
+    calls = []
+    for case in chosen:
+        (x, h, v), named = case.arguments(dtype, seed=3)
+        calls.append(Call(x, h, v, **named))
+    double = [call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double()) for call in calls]
+    with use_backend("triton"):
+        out = grouped_moments(calls)
+    with use_backend("reference"):
+        right = grouped_moments(double)
+    for case, sums, expected_sums in zip(chosen, out, right, strict=True):
+        for one, other in zip(sums, expected_sums, strict=True):
+            assert error(one, other) <= TOLERANCES[dtype], case
+
+
+@interpreted
+def test_interpreted_groups_take_a_handful_of_launches(monkeypatch):
+    from growkern.ops.moments import _triton
+
+    launches = []
+    for name in ("pack_kernel", "correlate_kernel", "reduce_kernel", "assemble_kernel"):
+        kernel = getattr(_triton, name)
+        monkeypatch.setattr(_triton, name, Counted(kernel, launches))
+    calls = [Call(*torch.randn(3, 20, 8, 1, 1).unbind(), ConvGeometry(1), ConvGeometry(1)) for _ in range(20)]
+    with use_backend("triton"):
+        grouped_moments(calls)
+    assert len(launches) <= 4
+
+
+class Counted:
+    """A kernel that notes its launches down."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
