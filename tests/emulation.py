@@ -103,11 +103,22 @@ class Moments:
     def reduce(self, workspace, sums, elements) -> None:
         library("moments").reduce(pointer(workspace), pointer(sums), len(sums), elements, self.seed)
 
-    def assemble(self, slots, results, regions, starts, terms, weights, programs, rows, columns) -> None:
+    def correlate_group(self, sources, unit, like, out, products, items, block, tf32) -> None:
+        tables = (pointer(products), pointer(items), len(items))
+        dtype = self.DTYPES.index(like.dtype)
+        library("moments").correlate_group(
+            pointer(sources), unit, dtype, pointer(out), *tables, block, tf32, self.seed
+        )  # fmt: skip
+
+    def pack(self, copies, like, programs, pixels, channels) -> None:
+        assert (pixels, channels) == (64, 16)
+        library("moments").pack(pointer(copies), len(copies), like.itemsize, programs, self.seed)
+
+    def assemble(self, slots, results, addresses, regions, starts, terms, weights, programs, rows, columns) -> None:
         targets = (ctypes.c_void_p * len(results))(*(each.data_ptr() for each in results))
         library("moments").assemble(
             pointer(slots), ctypes.c_int64(slots.stride(0)), len(slots), targets, len(results),
-            pointer(regions), len(regions), pointer(starts), pointer(terms), pointer(weights),
+            pointer(addresses), pointer(regions), len(regions), pointer(starts), pointer(terms), pointer(weights),
             programs, rows, columns, self.seed,
         )  # fmt: skip
 

@@ -207,6 +207,7 @@ def test_rank_deficient_factors_are_orthonormal():
 # Moments -------------------------------------------------------------------------------------------------
 
 MOMENTS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
+GROUPED = "grouped_moments"
 # Tiles of every size, aligned or not, several of them, and positions that are split.
 LARGE = [
     LinearCase(op="linear_moments", name="one tile", rows=600, widths=(64, 64, 64)),
@@ -227,7 +228,7 @@ LARGE = [
 @pytest.fixture
 def moments(monkeypatch):
     """growkern.ops.moments.cuda over the emulation; call it with a seed to change the order of threads."""
-    emulation.on_cpu(monkeypatch, *MOMENTS)
+    emulation.on_cpu(monkeypatch, *MOMENTS, GROUPED)
     engine = importlib.import_module("growkern.ops.moments._cuda")
     importlib.reload(importlib.import_module("growkern.ops.moments.cuda"))
 
@@ -301,6 +302,29 @@ def test_symmetric_moments_are_symmetric_bit_by_bit():
         args, named = case.arguments(torch.float32)
         xx, _, _, hh, _, vv = moments_of(case, args, named, "cuda")
         assert all(torch.equal(matrix, matrix.T) for matrix in (xx, hh, vv))
+
+
+@pytest.mark.usefixtures("moments")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_sites_at_once(dtype):
+    """Maps that are packed and maps that lie well, matrices, sites of several widths, one without rows."""
+    strided = ops.ConvGeometry(3, 2, 1)
+    chosen = [
+        LinearCase(op="linear_moments", name="", rows=40, widths=(20, 9, 6)),
+        LinearCase(op="linear_moments", name="", rows=0, widths=(5, 4, 3)),
+        LinearCase(op="linear_moments", name="", rows=70, widths=(64, 40, 8), x_bias=False),
+        Conv2dCase(op="conv2d_moments", name="", channels=(3, 5, 4)),
+        Conv2dCase(op="conv2d_moments", name="", channels=(24, 8, 16), layout="channels_last", kernel="center"),
+        Conv2dCase(op="conv2d_moments", name="", channels=(4, 17, 3), consumer=strided, maps=(9, 15)),
+    ]
+    calls = [ops.moments.Call(*args, **named) for args, named in (case.arguments(dtype) for case in chosen)]
+    with use_backend("cuda"):
+        out = ops.moments.grouped_moments(calls)
+    with use_backend("reference"):
+        exact = [call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double()) for call in calls]
+        expected = ops.moments.grouped_moments(exact)
+    for six, right in zip(out, expected, strict=True):
+        assert all(error(one, other) <= MOMENT_TOLERANCES[dtype] for one, other in zip(six, right, strict=True))
 
 
 @pytest.mark.usefixtures("moments")

@@ -36,6 +36,7 @@ struct Assembly {
   const float* slots;  // (draws, slots)
   int64_t slots_size;
   float* results[6];
+  const int64_t* addresses;  // of results instead, if there are any
   const Region* regions;
   const int* starts;
   const Term* terms;
@@ -56,6 +57,7 @@ __device__ inline void assemble_block(const Assembly& task) {
   const float* const slots = task.slots + int64_t(blockIdx.y) * task.slots_size;
   float* result = task.results[0];
   for (int i = 1; i < 6; ++i) result = region.result == i ? task.results[i] : result;
+  if (task.addresses) result = reinterpret_cast<float*>(task.addresses[region.result]);
   result += int64_t(blockIdx.y) * region.result_size + region.corner;
   for (int element = threadIdx.x; element < task.tile_rows * task.tile_columns; element += blockDim.x) {
     const int i = first_row + element / task.tile_columns, j = first_column + element % task.tile_columns;

@@ -18,8 +18,15 @@ struct Item {
   int product, row, column, split;
 };
 
+// A side in memory, for many of them; pitch and channels in units that the call names.
+struct Source {
+  int64_t address, pitch, channels;
+};
+
 struct Correlation {
   Side u[4], v[4];
+  const Source* sources;  // instead of u and v, if there are any
+  int unit;
   Dtype u_dtype, v_dtype;
   bool aligned;  // every row starts and ends at a multiple of 16 bytes
   float* out;
@@ -53,13 +60,18 @@ struct Correlate {
   const int row = threadIdx.x / across, channel = threadIdx.x % across * chunk;
   Chunk<chunk> u_read[parts], v_read[parts];
 
-  __device__ static Side pick(const Side (&sides)[4], int64_t index) {
+  __device__ static Side pick(const Correlation& task, const Side (&sides)[4], int64_t index) {
+    if (task.sources) {
+      const Source& source = task.sources[index];
+      const int channels = static_cast<int>(source.channels) * task.unit;
+      return {reinterpret_cast<const void*>(source.address), source.pitch * task.unit, channels};
+    }
     return index == 0 ? sides[0] : index == 1 ? sides[1] : index == 2 ? sides[2] : sides[3];
   }
 
   __device__ Correlate(const Correlation& task_, unsigned char* memory)
       : task(task_), shared(*reinterpret_cast<Shared*>(memory)), item(task.items[blockIdx.x]),
-        product(task.products[item.product]), u(pick(task.u, product.u)), v(pick(task.v, product.v)),
+        product(task.products[item.product]), u(pick(task, task.u, product.u)), v(pick(task, task.v, product.v)),
         first(item.split * product.length), last(min(product.positions, first + product.length)) {}
 
   // Position k is (image, row, column); one division for all channels of a row.

@@ -12,6 +12,7 @@
 
 #include "assemble.cuh"
 #include "correlate.cuh"
+#include "pack.cuh"
 #include "subtract.cuh"
 
 namespace growkern {
@@ -36,6 +37,12 @@ __global__ void __launch_bounds__(kAssembleThreads) assemble_kernel(const __grid
   assemble_block(task);
 }
 
+template <class Word>
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const Copy* copies, int count) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  pack_block(copies, count, reinterpret_cast<Word*>(shared));
+}
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -54,22 +61,8 @@ Side side(const Tensor& tensor, int64_t pitch, int64_t channels) {
   return {tensor.const_data_ptr(), pitch, static_cast<int>(channels)};
 }
 
-// Pitches and channels are those of us, then of vs: x, h, v and the ones.
-void correlate(std::vector<Tensor> us, std::vector<Tensor> vs, Integers pitches, Integers channels, bool aligned,
-               Tensor out, const Tensor& products, const Tensor& items, std::optional<Tensor> signs, int64_t block,
-               bool tf32) {
-  STD_TORCH_CHECK(products.sizes()[1] * 8 == sizeof(Product), "products: expected rows of ", sizeof(Product) / 8);
+void launch_correlate(const Launcher& launch, const Correlation& task, const Tensor& items, int64_t block, bool tf32) {
   STD_TORCH_CHECK(block == 16 || block == 32 || block == 64, "block: expected 16, 32 or 64, got ", block);
-  const Launcher launch(out);
-  Correlation task{};
-  for (int i = 0; i < 4; ++i) {
-    task.u[i] = side(us[i], pitches[i], channels[i]);
-    task.v[i] = side(vs[i], pitches[4 + i], channels[4 + i]);
-  }
-  task.u_dtype = dtype_of(us[0]), task.v_dtype = dtype_of(vs[2]), task.aligned = aligned;
-  task.out = data<float>(out);
-  task.products = const_data<Product>(products), task.items = const_data<Item>(items);
-  if (signs) task.signs = const_data<float>(*signs), task.samples = signs->sizes()[1];
   const auto count = static_cast<unsigned>(items.sizes()[0]);
   choose_correlate(task, block, tf32, [&](auto math, auto size) {
     using Kernel = Correlate<decltype(math), size.value>;
@@ -78,19 +71,69 @@ void correlate(std::vector<Tensor> us, std::vector<Tensor> vs, Integers pitches,
   });
 }
 
+Correlation correlation(const Tensor& out, const Tensor& products, const Tensor& items, bool aligned) {
+  STD_TORCH_CHECK(products.sizes()[1] * 8 == sizeof(Product), "products: expected rows of ", sizeof(Product) / 8);
+  Correlation task{};
+  task.out = data<float>(out), task.aligned = aligned;
+  task.products = const_data<Product>(products), task.items = const_data<Item>(items);
+  return task;
+}
+
+// Pitches and channels are those of us, then of vs: x, h, v and the ones.
+void correlate(std::vector<Tensor> us, std::vector<Tensor> vs, Integers pitches, Integers channels, bool aligned,
+               Tensor out, const Tensor& products, const Tensor& items, std::optional<Tensor> signs, int64_t block,
+               bool tf32) {
+  const Launcher launch(out);
+  Correlation task = correlation(out, products, items, aligned);
+  for (int i = 0; i < 4; ++i) {
+    task.u[i] = side(us[i], pitches[i], channels[i]);
+    task.v[i] = side(vs[i], pitches[4 + i], channels[4 + i]);
+  }
+  task.u_dtype = dtype_of(us[0]), task.v_dtype = dtype_of(vs[2]);
+  if (signs) task.signs = const_data<float>(*signs), task.samples = signs->sizes()[1];
+  launch_correlate(launch, task, items, block, tf32);
+}
+
+// The same with sides from a table, all of the dtype of `like`.
+void correlate_group(const Tensor& sources, int64_t unit, const Tensor& like, Tensor out, const Tensor& products,
+                     const Tensor& items, int64_t block, bool tf32) {
+  const Launcher launch(out);
+  Correlation task = correlation(out, products, items, unit > 1);
+  task.sources = const_data<Source>(sources), task.unit = static_cast<int>(unit);
+  task.u_dtype = task.v_dtype = dtype_of(like);
+  launch_correlate(launch, task, items, block, tf32);
+}
+
+void pack(const Tensor& copies, const Tensor& like, int64_t programs, int64_t pixels, int64_t channels) {
+  STD_TORCH_CHECK(copies.sizes()[1] * 8 == sizeof(Copy), "copies: expected rows of ", sizeof(Copy) / 8);
+  STD_TORCH_CHECK(pixels == kPackPixels && channels == kPackChannels, "tiles: expected other sizes");
+  const Launcher launch(copies);
+  const auto blocks = static_cast<unsigned>(programs);
+  const int count = static_cast<int>(copies.sizes()[0]);
+  const auto run = [&](auto word) {
+    launch(pack_kernel<decltype(word)>, blocks, kPackThreads, sizeof(word) * kPackPixels * (kPackChannels + 1),
+           const_data<Copy>(copies), count);
+  };
+  if (dtype_of(like) == Dtype::float32) run(uint32_t{});
+  else run(uint16_t{});
+}
+
 void reduce(Tensor workspace, const Tensor& sums, int64_t elements) {
   const Launcher launch(workspace);
   launch(reduce_kernel, static_cast<unsigned>(sums.sizes()[0]), kAssembleThreads, 0, data<float>(workspace),
          const_data<SplitSum>(sums), static_cast<int>(elements));
 }
 
-void assemble(const Tensor& slots, std::vector<Tensor> results, const Tensor& regions, const Tensor& starts,
-              const Tensor& terms, const Tensor& weights, int64_t programs, int64_t tile_rows, int64_t tile_columns) {
+// To `results`, or with addresses to results at those.
+void assemble(const Tensor& slots, std::vector<Tensor> results, std::optional<Tensor> addresses, const Tensor& regions,
+              const Tensor& starts, const Tensor& terms, const Tensor& weights, int64_t programs, int64_t tile_rows,
+              int64_t tile_columns) {
   STD_TORCH_CHECK(regions.sizes()[1] * 8 == sizeof(Region), "regions: expected rows of ", sizeof(Region) / 8);
   const Launcher launch(slots);
   Assembly task{};
   task.slots = const_data<float>(slots), task.slots_size = slots.strides()[0];
   for (size_t i = 0; i < results.size(); ++i) task.results[i] = data<float>(results[i]);
+  if (addresses) task.addresses = const_data<int64_t>(*addresses);
   task.regions = const_data<Region>(regions), task.starts = const_data<int>(starts);
   task.terms = const_data<Term>(terms), task.weights = const_data<float>(weights);
   task.count = static_cast<int>(regions.sizes()[0]);
@@ -136,9 +179,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(growkern_cuda, m) {
   m.def(
       "correlate(Tensor[] us, Tensor[] vs, int[] pitches, int[] channels, bool aligned, Tensor(a!) out,"
       " Tensor products, Tensor items, Tensor? signs, int block, bool tf32) -> ()");
+  m.def(
+      "correlate_group(Tensor sources, int unit, Tensor like, Tensor(a!) out, Tensor products, Tensor items,"
+      " int block, bool tf32) -> ()");
+  m.def("pack(Tensor copies, Tensor like, int programs, int pixels, int channels) -> ()");
   m.def("reduce(Tensor(a!) workspace, Tensor sums, int elements) -> ()");
   m.def(
-      "assemble(Tensor slots, Tensor(a!)[] results, Tensor regions, Tensor starts, Tensor terms, Tensor weights,"
+      "assemble(Tensor slots, Tensor(a!)[] results, Tensor? addresses, Tensor regions, Tensor starts, Tensor terms, Tensor weights,"
       " int programs, int tile_rows, int tile_columns) -> ()");
   m.def(
       "subtract(Tensor h, Tensor v, int[] pitches, int channels, bool aligned, Tensor weight, Tensor bias,"
@@ -147,6 +194,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(growkern_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(growkern_cuda, CUDA, m) {
   m.impl("correlate", TORCH_BOX(&growkern::correlate));
+  m.impl("correlate_group", TORCH_BOX(&growkern::correlate_group));
+  m.impl("pack", TORCH_BOX(&growkern::pack));
   m.impl("reduce", TORCH_BOX(&growkern::reduce));
   m.impl("assemble", TORCH_BOX(&growkern::assemble));
   m.impl("subtract", TORCH_BOX(&growkern::subtract));

@@ -3,9 +3,28 @@
 
 #include "../../csrc/moments/assemble.cuh"
 #include "../../csrc/moments/correlate.cuh"
+#include "../../csrc/moments/pack.cuh"
 #include "../../csrc/moments/subtract.cuh"
 
 using namespace growkern;
+
+namespace {
+
+void run(const Correlation& task, int count, int block, int tf32, int seed) {
+  choose_correlate(task, block, tf32, [&](auto math, auto size) {
+    using Kernel = Correlate<decltype(math), size.value>;
+    emulation::launch({unsigned(count)}, {unsigned(Grid<size.value>::threads)}, sizeof(typename Kernel::Shared), seed,
+                      [&](char* shared) { Kernel(task, reinterpret_cast<unsigned char*>(shared)).run(); });
+  });
+}
+
+template <class Word>
+void run_pack(const Copy* copies, int count, int programs, int seed) {
+  emulation::launch({unsigned(programs)}, {kPackThreads}, sizeof(Word) * kPackPixels * (kPackChannels + 1), seed,
+                    [=](char* shared) { pack_block(copies, count, reinterpret_cast<Word*>(shared)); });
+}
+
+}  // namespace
 
 extern "C" {
 void correlate(const void** sides, const int64_t* pitches, const int64_t* channels, int aligned, int u_dtype,
@@ -18,11 +37,20 @@ void correlate(const void** sides, const int64_t* pitches, const int64_t* channe
   }
   task.u_dtype = Dtype(u_dtype), task.v_dtype = Dtype(v_dtype), task.aligned = aligned;
   task.out = out, task.products = products, task.items = items, task.signs = signs, task.samples = samples;
-  choose_correlate(task, block, tf32, [&](auto math, auto size) {
-    using Kernel = Correlate<decltype(math), size.value>;
-    emulation::launch({unsigned(count)}, {unsigned(Grid<size.value>::threads)}, sizeof(typename Kernel::Shared), seed,
-                      [&](char* shared) { Kernel(task, reinterpret_cast<unsigned char*>(shared)).run(); });
-  });
+  run(task, count, block, tf32, seed);
+}
+
+void correlate_group(const Source* sources, int unit, int dtype, float* out, const Product* products,
+                     const Item* items, int count, int block, int tf32, int seed) {
+  Correlation task{};
+  task.sources = sources, task.unit = unit, task.u_dtype = task.v_dtype = Dtype(dtype), task.aligned = unit > 1;
+  task.out = out, task.products = products, task.items = items;
+  run(task, count, block, tf32, seed);
+}
+
+void pack(const Copy* copies, int count, int bytes, int programs, int seed) {
+  if (bytes == 4) run_pack<uint32_t>(copies, count, programs, seed);
+  else run_pack<uint16_t>(copies, count, programs, seed);
 }
 
 void reduce(float* workspace, const SplitSum* sums, int count, int elements, int seed) {
@@ -31,9 +59,9 @@ void reduce(float* workspace, const SplitSum* sums, int count, int elements, int
 }
 
 void assemble(const float* slots, int64_t slots_size, int draws, float** results, int result_count,
-              const Region* regions, int count, const int* starts, const Term* terms, const float* weights,
+              const int64_t* addresses, const Region* regions, int count, const int* starts, const Term* terms, const float* weights,
               int programs, int tile_rows, int tile_columns, int seed) {
-  Assembly task{slots, slots_size, {}, regions, starts, terms, weights, count, tile_rows, tile_columns};
+  Assembly task{slots, slots_size, {}, addresses, regions, starts, terms, weights, count, tile_rows, tile_columns};
   std::copy(results, results + result_count, task.results);
   emulation::launch({unsigned(programs), unsigned(draws)}, {kAssembleThreads}, 0, seed,
                     [&](char*) { assemble_block(task); });

@@ -292,7 +292,7 @@ def _one_by_one(calls: Sequence[Call]) -> list[Six]:
     return found
 
 
-for _backend in ("cuda", "cpp", "reference"):
+for _backend in ("cpp", "reference"):
     register("grouped_moments", _backend)(_one_by_one)
 
 

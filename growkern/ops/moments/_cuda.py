@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from growkern.ops.moments.geometry import ConvGeometry
-from growkern.ops.moments.gpu import Rows, alignment
+from growkern.ops.moments.gpu import PACK_CHANNELS, PACK_PIXELS, Rows, alignment
 from growkern.ops.moments.plan import Plan
 from growkern.ops.moments.schedule import ASSEMBLE_COLUMNS, ASSEMBLE_ROWS, SUM_BLOCK, Schedule, Tiles
 
@@ -41,6 +41,19 @@ def correlate(
     )
 
 
+def correlate_group(sources: Tensor, ones: Rows, out: Tensor, plan: Schedule, precision: str, align: int) -> None:
+    """Do the same for several sites, whose addresses, pitches and channels are in a table, in units of `align`."""
+    if len(plan.items):
+        block, tf32 = plan.tiles.block_m, precision == "tf32"
+        native.correlate_group(sources, align, ones.data, out, plan.products, plan.items, block, tf32)
+
+
+def pack(copies: Tensor, programs: int, anchor: Tensor) -> None:
+    """Copy maps to rows of channels, as a table of `gpu.COPY_FIELDS` columns says; all have the anchor's dtype."""
+    if programs:
+        native.pack(copies, anchor, programs, PACK_PIXELS, PACK_CHANNELS)
+
+
 def reduce(workspace: Tensor, plan: Schedule) -> None:
     """Launch one block of threads for every chunk of every product that was split."""
     if len(plan.sums):
@@ -49,18 +62,19 @@ def reduce(workspace: Tensor, plan: Schedule) -> None:
 
 def assemble(slots: Tensor, plan: Schedule, results: Sequence[Tensor]) -> None:
     """Launch one block of threads for every tile of every region and draw."""
-    if plan.programs and len(slots):
-        native.assemble(
-            slots,
-            list(results),
-            plan.regions,
-            plan.starts,
-            plan.terms,
-            plan.weights,
-            plan.programs,
-            ASSEMBLE_ROWS,
-            ASSEMBLE_COLUMNS,
-        )
+    if len(slots):
+        _assemble(slots, plan, list(results), None)
+
+
+def assemble_group(slots: Tensor, plan: Schedule, results: Tensor) -> None:
+    """Do the same for several sites, the addresses of whose results are in a table."""
+    _assemble(slots, plan, [], results)
+
+
+def _assemble(slots: Tensor, plan: Schedule, results: list[Tensor], addresses: Tensor | None) -> None:
+    if plan.programs:
+        tables = (plan.regions, plan.starts, plan.terms, plan.weights)
+        native.assemble(slots, results, addresses, *tables, plan.programs, ASSEMBLE_ROWS, ASSEMBLE_COLUMNS)
 
 
 def subtract(h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer: ConvGeometry, precision: str) -> None:
