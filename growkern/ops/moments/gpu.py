@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from growkern.backend import register
 from growkern.ops.moments import reference
 from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.plan import Plan, conv2d_plan, linear_plan, residual_plan
@@ -221,6 +222,12 @@ def grouped_moments(engine: Any, calls: Sequence[Call]) -> list[Six]:
         for number, six in zip(members, _group(engine, [calls[n] for n in members], tiles), strict=True):
             results[number] = six
     return [six for six in results if six is not None]
+
+
+def serve(engine: Any, backend: str) -> None:
+    """Register the ops with the kernels of an engine as those of a backend."""
+    for op in (linear_moments, linear_residual, conv2d_moments, conv2d_residual, grouped_moments):
+        register(op.__name__, backend)(functools.partial(op, engine))
 
 
 def _group(engine: Any, calls: Sequence[Call], tiles: Tiles) -> list[Six]:
