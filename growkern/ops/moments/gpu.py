@@ -14,7 +14,7 @@ from growkern.backend import register
 from growkern.ops.moments import reference
 from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.plan import Plan, conv2d_plan, linear_plan, residual_plan
-from growkern.ops.moments.schedule import Schedule, Tiles, schedule
+from growkern.ops.moments.schedule import Schedule, Tiles, refuse_capture, schedule
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -209,7 +209,7 @@ def grouped_moments(engine: Any, calls: Sequence[Call]) -> list[Six]:
     """Sum the moments of several sites: those of one dtype and about one width in one launch of each kernel."""
     results: list[Six | None] = [None] * len(calls)
     groups: dict[tuple[Any, ...], list[int]] = {}
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    capturing = _capturing()
     for number, call in enumerate(calls):
         plan = call.plan()
         if capturing or _plain(call.x) or any(_far(tensor) for tensor in call[:3]):
@@ -277,6 +277,10 @@ def _place(tensor: Tensor) -> tuple[Rows, tuple[int, ...]]:
     area, width = tensor.shape[2] * tensor.shape[3], tensor.shape[3]
     sizes = len(tensor) * area, tensor.shape[1], pitch, area, width
     return rows, (tensor.data_ptr(), rows.data.data_ptr(), *sizes, *tensor.stride())
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _far(tensor: Tensor) -> bool:
@@ -370,6 +374,7 @@ def _sides(x: Rows, h: Rows, v: Rows) -> list[Rows]:
 @functools.cache
 def _ones(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make a row of a one, then zeros."""
+    refuse_capture(device)
     return torch.eye(1, ONES, dtype=dtype)[0].to(device)
 
 
