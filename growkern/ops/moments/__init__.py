@@ -13,7 +13,7 @@ from torch import Tensor
 
 from growkern.backend import define, has_triton, implementation, register
 from growkern.ops import native
-from growkern.ops.moments import reference  # noqa: F401  (registers its implementations)
+from growkern.ops.moments import gpu, reference  # noqa: F401  (the reference registers its implementations)
 from growkern.ops.moments.checks import (
     conv2d_moments_shapes,
     conv2d_residual_shapes,
@@ -28,7 +28,9 @@ if native.load("cpu"):
 if native.load("cuda"):
     from growkern.ops.moments import cuda  # noqa: F401
 if has_triton():
-    from growkern.ops.moments import triton  # noqa: F401
+    from growkern.ops.moments import triton
+
+    gpu.serve(triton, "triton")
 
 __all__ = [
     "Call",
