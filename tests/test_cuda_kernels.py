@@ -14,6 +14,7 @@ from test_ops_jacobi import TOLERANCES, assert_decomposes, assert_factors, asser
 
 from growkern import ops
 from growkern.backend import use_backend
+from growkern.ops.moments import gpu
 
 SINGLE_DOUBLE = (torch.float32, torch.float64)
 SEEDS = (0, 1, 2)
@@ -229,8 +230,8 @@ LARGE = [
 def moments(monkeypatch):
     """growkern.ops.moments.cuda over the emulation; call it with a seed to change the order of threads."""
     emulation.on_cpu(monkeypatch, *MOMENTS, GROUPED)
-    engine = importlib.import_module("growkern.ops.moments._cuda")
-    importlib.reload(importlib.import_module("growkern.ops.moments.cuda"))
+    engine = importlib.import_module("growkern.ops.moments.cuda")
+    gpu.serve(engine, "cuda")
 
     def use(seed):
         monkeypatch.setattr(engine, "native", emulation.Moments(seed))

@@ -26,7 +26,9 @@ from growkern.ops.moments.gpu import Call
 if native.load("cpu"):
     from growkern.ops.moments import cpp  # noqa: F401
 if native.load("cuda"):
-    from growkern.ops.moments import cuda  # noqa: F401
+    from growkern.ops.moments import cuda
+
+    gpu.serve(cuda, "cuda")
 if has_triton():
     from growkern.ops.moments import triton
 
