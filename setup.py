@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 MODES = ("auto", "cpu", "cuda", "none")
 JOB_BYTES = 2 * 2**30  # that one compiler process may need
 TARGET = "0x020b000000000000"  # of the stable ABI: torch 2.11
-FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"]
 
 

@@ -40,8 +40,11 @@ facts["backends"] = {op: available(op) for op in ("conv2d_moments", "linear_mome
 open(sys.argv[1], "w").write(json.dumps(facts, indent=1) + "\n")
 print(json.dumps(facts))
 PYTHON
-step ops "$(left 100)" python3 -m pytest -q --durations=10 \
-  tests/test_cuda.py tests/test_cuda_ops.py tests/test_ops_jacobi.py tests/test_ops_moments.py || failed=1
+on_gpu="tests/test_cuda_ops.py tests/test_cuda_launches.py tests/test_cuda.py tests/test_ops_jacobi.py tests/test_ops_moments.py"
+# shellcheck disable=SC2086
+step ops "$(left 80)" python3 -m pytest -q --durations=5 $on_gpu -k "not triton" || failed=1
+# shellcheck disable=SC2086
+step ops-triton "$(left 120)" python3 -m pytest -q --durations=5 $on_gpu -k triton || failed=1
 step bench "$(left 130)" python3 bench/gpu_native.py "$out" --seconds 110 || failed=1
 cp "$logs/bench" "$out/gpu-native.txt"
 

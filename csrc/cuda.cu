@@ -2,6 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "launch.h"
+#include "stable.h"
 
 namespace growkern {
 

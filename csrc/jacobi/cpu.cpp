@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "../parallel.h"
+#include "../stable.h"
 #include "lanes.h"
 
 namespace growkern {
