@@ -21,7 +21,7 @@ from growkern.ops.native import build_info
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "typer", "rich", "torchvision", "matplotlib", "tensorboard")
 _ABSENT = {
-    "triton": "this version of growkern has no Triton kernels",
+    "triton": "it needs the package triton and a GPU",
     "cuda": "the CUDA library was not built; with a torch for CUDA and the nvcc of its CUDA version: "
     "pip install --no-build-isolation --force-reinstall --no-deps growkern",
     "cpp": "the compiled library was not built; with a C++ compiler: "
