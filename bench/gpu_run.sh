@@ -47,6 +47,7 @@ step ops "$(left 80)" python3 -m pytest -q --durations=5 $on_gpu -k "not triton"
 step ops-triton "$(left 120)" python3 -m pytest -q --durations=5 $on_gpu -k triton || failed=1
 step bench "$(left 130)" python3 bench/gpu_native.py "$out" --seconds 110 || failed=1
 cp "$logs/bench" "$out/gpu-native.txt"
+step sites "$(left 60)" python3 bench/sites.py --out "$out/sites.json" || failed=1
 
 # The suite is mostly work for the CPU: one process for each file.
 seconds=$(left 270)
