@@ -110,6 +110,7 @@ def launched(case: Conv2dCase | LinearCase, dtype: torch.dtype, precision: str, 
     with (
         recorded(launches),
         mock.patch.object(engine, "gpu_of", return_value=("", kind)),
+        mock.patch.object(gpu, "_processors", return_value=132),
         mock.patch.object(torch.version, "hip", "7" if amd else None),
     ):
         update = arguments[3:]
