@@ -9,7 +9,7 @@ from growkern.backend import register
 from growkern.ops.jacobi import reference
 
 LARGEST = 64  # columns that fit into the registers of one program
-TALLEST = 128  # rows beside them; taller matrices are factored first
+TALLEST = 64  # rows beside them; taller matrices are factored first
 SWEEPS = 30
 OFF = {torch.float32: 3e-7, torch.float64: 1e-15}  # the off-diagonal part at convergence, relative to the whole
 NEGLIGIBLE = {torch.float32: 1e-30, torch.float64: 1e-280}  # squared length of a column beside a largest entry of 1
@@ -23,8 +23,7 @@ def padded(length: int) -> int:
 def eigh_options(n: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time arguments of `eigh_kernel` for (n, n) matrices."""
     side = padded(n)
-    warps = {16: 1, 32: 8, 64: 16 if dtype == torch.float32 else 8}[side]
-    return {"TOLERANCE": OFF[dtype], "SWEEPS": SWEEPS, "N": side, "num_warps": warps}
+    return {"TOLERANCE": OFF[dtype], "SWEEPS": SWEEPS, "N": side} | _resources(side * side)
 
 
 def svd_options(m: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -32,7 +31,13 @@ def svd_options(m: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
     rows, columns = padded(m), padded(n)
     tolerance = 3 * rows**0.5 * torch.finfo(dtype).eps
     options = {"TOLERANCE": tolerance, "TINY": NEGLIGIBLE[dtype], "SWEEPS": SWEEPS, "M": rows, "N": columns}
-    return options | {"num_warps": 8}
+    return options | _resources(rows * columns)
+
+
+def _resources(entries: int) -> dict[str, int]:
+    """Warps for a tile; all registers are allowed, or ptxas spills some of them for the sake of more programs."""
+    warps = 2 if entries == 256 else 4 if entries <= 512 else 8
+    return {"num_warps": warps} | ({} if torch.version.hip else {"maxnreg": 255})
 
 
 @register("eigh", "triton")
