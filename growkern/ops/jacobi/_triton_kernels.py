@@ -104,19 +104,20 @@ def eigh_kernel(a_ptr, w_ptr, q_ptr, n, TOLERANCE: tl.constexpr, SWEEPS: tl.cons
     off = tl.sum(tl.sum(a * a, 1), 0)
     sweeps = 0
     while (off > limit) & (sweeps < SWEEPS):
-        for turn in range(even - 1):
+        for turn in tl.range(even - 1, disable_licm=True):  # hoisted masks would spill
             partner = _partners(j, turn, even)
             across = tl.broadcast_to(partner[None, :], (N, N))
-            product = tl.sum(tl.where(row == partner[None, :], a, 0.0), 0)
+            met = row == partner[None, :]
+            product = tl.sum(tl.where(met, a, 0.0), 0)
             product = 0.5 * (product + tl.gather(product, partner, 0))  # the same bits at both ends of a pair
             t, s, tau = _rotations(d, tl.gather(d, partner, 0), product, j, partner)
             d -= t * product
             a = _turn_columns(a, across, s, tau)
             down = tl.gather(a, tl.broadcast_to(partner[:, None], (N, N)), 0)
             a -= s[:, None] * (down + tau[:, None] * a)
-            a = tl.where((row == column) | (row == partner[None, :]), 0.0, a)
+            a = tl.where(met, 0.0, a)
             v = _turn_columns(v, across, s, tau)
-        off = tl.sum(tl.sum(a * a, 1), 0)
+        off = tl.sum(tl.sum(tl.where(row == column, 0.0, a * a), 1), 0)
         sweeps += 1
 
     v = _orthonormalise(v, n, row, column)
@@ -164,7 +165,7 @@ def svd_kernel(
     sweeps = 0
     while (worst > TOLERANCE) & (sweeps < SWEEPS):
         worst = unit * 0
-        for turn in range(even - 1):
+        for turn in tl.range(even - 1, disable_licm=True):  # hoisted masks would spill
             partner = _partners(j, turn, even)
             across = tl.broadcast_to(partner[None, :], (M, N))
             met = tl.gather(a, across, 1)
