@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from growkern.ops.jacobi import _triton, _triton_kernels
+from growkern.ops.jacobi import _triton, triton as launchers
 
 TARGETS = {
     **{f"sm_{version}": GPUTarget("cuda", version, 32) for version in (80, 90, 100)},
@@ -43,9 +43,9 @@ def resources(target: str, compiled: object) -> tuple[int, int]:
 
 def measure(op: str, rows: int, columns: int, dtype: torch.dtype, target: str) -> dict[str, object]:
     sizes = (columns,) if op == "eigh" else (rows, columns)
-    options = getattr(_triton, f"{op}_options")(*sizes, dtype)
+    options = getattr(launchers, f"{op}_options")(*sizes, dtype)
     warps, limit = options.pop("num_warps"), options.pop("maxnreg", None)
-    kernel = getattr(_triton_kernels, f"{op}_kernel")
+    kernel = getattr(_triton, f"{op}_kernel")
     signature = dict.fromkeys(POINTERS[op], "*" + TYPES[dtype])
     signature |= dict.fromkeys(("m", "n")[-len(sizes) :], "i32") | dict.fromkeys(options, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(POINTERS[op]))}  # as tensors of torch are

@@ -14,7 +14,7 @@ from growkern.ops.jacobi import reference  # noqa: F401  (registers its implemen
 if native.load("cpu"):
     from growkern.ops.jacobi import cpp  # noqa: F401
 if has_triton():
-    from growkern.ops.jacobi import _triton  # noqa: F401
+    from growkern.ops.jacobi import triton  # noqa: F401
 
 __all__ = ["eigh", "svd"]
 
