@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from growkern.ops.jacobi import _triton, triton as launchers
+from growkern.ops.jacobi import _triton
+from growkern.ops.jacobi import triton as launchers
 
 TARGETS = {
     **{f"sm_{version}": GPUTarget("cuda", version, 32) for version in (80, 90, 100)},

@@ -17,7 +17,7 @@ from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.probe import LossFn, Passes, Probe, random_signs
 from growkern.sites import GrowthSite
-from growkern.whitening import Factor
+from growkern.whitening import factor
 
 
 @dataclass
@@ -193,7 +193,7 @@ def collect(
         sums = run.sweep(probes, lambda probe, _: probe.moments())
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
         updates = {
-            name: Factor(sums[name]["hh"] / counts[name]).solve(sums[name]["hv"] / counts[name]).mT
+            name: factor(sums[name]["hh"] / counts[name]).solve(sums[name]["hv"] / counts[name]).mT
             for name, probe in probes.items()
             if null_draws or probe.kernel == "full"
         }

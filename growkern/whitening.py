@@ -8,124 +8,142 @@ from torch import Tensor
 from growkern import ops
 
 
-def relative_cut(n: int, dtype: torch.dtype) -> float:
-    """Eigenvalues of a unit-diagonal (n, n) moment below this are rounding, not data."""
+def relative_cut(n: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eigenvalues of a unit-diagonal moment of n features below this are rounding, not data."""
     return n * (1e-14 if dtype == torch.float64 else 1e-8)
 
 
 class Factor:
-    """A factor L of a second moment, a = L Lᵀ on its numerical range.
+    """A factor L of second moments, a = L Lᵀ on their numerical range, for one moment or a batch (..., n, n).
 
-    The moment is scaled to unit diagonal first, so that units and a column of ones do not matter, and every
-    cut-off is relative to that. A Cholesky factor serves wherever the moment is well conditioned; otherwise
-    the eigenvectors whose eigenvalues stand above `relative_cut` do. Everything runs in float64.
+    A moment is scaled to unit diagonal first, so that units and a column of ones do not matter, and every cut-off is
+    relative to that. Features whose diagonal is zero are left out. A Cholesky factor serves wherever the moment is
+    well conditioned, which `sound` tells; `factor` takes the eigenvectors above `relative_cut` where it is not.
+    Everything runs in float64, and nothing waits for the device.
 
     Parameters
     ----------
     a : Tensor
-        Symmetric positive semi-definite, (n, n).
+        Symmetric positive semi-definite, (..., n, n).
     diagonal : Tensor, optional
-        (n,), what the scaling is taken from; `a`'s own diagonal by default. For a Schur complement: the
+        (..., n), what the scaling is taken from; `a`'s own diagonal by default. For a Schur complement: the
         diagonal of the matrix it is a complement in.
     dtype : torch.dtype, optional
         What the moment was accumulated in, which sets the cut-off; `a`'s own by default.
+    by_eigenvectors : bool
+        Factor by eigenvectors, whatever the condition.
 
     Attributes
     ----------
-    rank, width : int
-        Directions that are kept; rows of what `whiten` gives, n with Cholesky, else the rank.
-    condition : float
-        Largest over smallest kept eigenvalue of the scaled moment (an estimate where Cholesky serves).
-
-    Raises
-    ------
-    ArithmeticError
-        If the eigensolver does not converge.
+    sound : Tensor
+        (...,) whether the factor serves.
+    rank, condition : Tensor
+        (...,) directions that are kept; largest over smallest kept eigenvalue of the scaled moment (an estimate with
+        Cholesky).
     """
 
-    def __init__(self, a: Tensor, diagonal: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
-        n = a.shape[-1]
-        cut = relative_cut(n, dtype or a.dtype)
-        a = a.double()
-        diagonal = a.diagonal() if diagonal is None else diagonal.double()
+    def __init__(
+        self,
+        a: Tensor,
+        diagonal: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        by_eigenvectors: bool = False,
+    ) -> None:
+        moment_dtype, a = dtype or a.dtype, a.double()
+        diagonal = a.diagonal(dim1=-2, dim2=-1) if diagonal is None else diagonal.double()
         alive = diagonal > 0
-        self._scale = torch.where(alive, diagonal, 1).rsqrt() * alive  # (n,)
-        scaled = a * self._scale * self._scale[:, None]
+        cut = relative_cut(alive.sum(-1), moment_dtype)  # (...,)
+        self._scale = torch.where(alive, diagonal, 1).rsqrt() * alive  # (..., n)
+        scaled = a * self._scale[..., None, :] * self._scale[..., :, None]
         self._lower: Tensor | None = None
-        lower, info = torch.linalg.cholesky_ex(scaled + torch.diag((~alive).double()))
-        if n and not info.any():
-            low, high = _extreme_eigenvalues(scaled, lower, alive)
-            if low > cut:
-                self._lower = lower
-                self.rank, self.width = int(alive.sum()), n
-                self.condition = high / low if low < float("inf") else 1.0
-                return
-        w, q = ops.eigh(scaled)
-        if w.isnan().any():
-            raise ArithmeticError("the eigensolver did not converge on a second moment")
-        kept = w > cut
-        self.rank = self.width = int(kept.sum())
-        self.condition = float(w[-1] / w[kept][0]) if self.rank else 1.0
-        self._root = w[kept].sqrt()  # (rank,)
-        self._vectors = q[:, kept]  # (n, rank)
+        if not by_eigenvectors:
+            self._lower, info = torch.linalg.cholesky_ex(scaled + torch.diag_embed((~alive).double()))
+            low, high = _extreme_eigenvalues(scaled, self._lower, alive)
+            self.sound = (info == 0) & (low > cut)
+            self.rank = alive.sum(-1)
+            self.condition = torch.where(low < float("inf"), high / low, 1.0)
+            return
+        w, self._vectors = _range(scaled, cut)  # (..., k), (..., n, k)
+        kept = w > cut[..., None]
+        self.sound = ~w.isnan().any(-1)
+        self.rank = kept.sum(-1)
+        least = torch.where(kept, w, float("inf")).amin(-1) if w.shape[-1] else w.sum(-1)
+        self.condition = torch.where(self.rank > 0, w[..., -1:].sum(-1) / least, 1.0)
+        self._inverse_root = torch.where(kept, w, 1).rsqrt() * kept
 
     def whiten(self, b: Tensor) -> Tensor:
         """L⁻¹ b for b of shape (..., n, m): (..., width, m)."""
-        b = b.double() * self._scale[:, None]
+        b = b.double() * self._scale[..., None]
         if self._lower is not None:
             return torch.linalg.solve_triangular(self._lower, b, upper=False)
-        return self._vectors.mT @ b / self._root[:, None]
+        return self._vectors.mT @ b * self._inverse_root[..., None]
 
     def unwhiten(self, u: Tensor) -> Tensor:
-        """L⁻ᵀ u for u of shape (width, m): (n, m)."""
+        """L⁻ᵀ u for u of shape (..., width, m): (..., n, m)."""
         if self._lower is not None:
             back = torch.linalg.solve_triangular(self._lower.mT, u, upper=True)
         else:
-            back = self._vectors @ (u / self._root[:, None])
-        return back * self._scale[:, None]
+            back = self._vectors @ (u * self._inverse_root[..., None])
+        return back * self._scale[..., None]
 
     def solve(self, b: Tensor) -> Tensor:
-        """Give a⁺ b for b of shape (n, m) in the range of a: (n, m)."""
+        """Give a⁺ b for b of shape (..., n, m) in the range of a: (..., n, m)."""
         return self.unwhiten(self.whiten(b))
 
 
+def factor(a: Tensor) -> Factor:
+    """Factor a moment (n, n) by Cholesky where that serves, else by eigenvectors; see `Factor`."""
+    found = Factor(a)
+    if not found.sound:
+        found = Factor(a, by_eigenvectors=True)
+        if not found.sound:
+            raise ArithmeticError("the eigensolver did not converge on a second moment")
+    return found
+
+
 def whiten_both(target: Tensor, x: Factor | None, v: Factor | None, offsets: int) -> Tensor:
-    """Whiten a target (..., p, r·offsets) on the sides that have a factor; v's acts on the r rows of each offset."""
+    """Whiten targets (..., p, r·offsets) on the sides that have a factor; v's acts on the r rows of each offset."""
     if x is not None:
         target = x.whiten(target)
     if v is not None:
-        target = v.whiten(target.unflatten(-1, (-1, offsets))).flatten(-2)
+        by_row = target.unflatten(-1, (-1, offsets)).transpose(-3, -2)  # (..., r, p, offsets)
+        rows, (p, _) = v.whiten(by_row.flatten(-2)), by_row.shape[-2:]
+        target = rows.unflatten(-1, (p, offsets)).transpose(-3, -2).flatten(-2)
     return target
 
 
 def singular(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors (m, k), values (k,) descending, right vectors (n, k) of t (m, n), k = min(m, n), by a Gram side."""
-    wide = t.shape[0] < t.shape[1]
+    """Left vectors (..., m, k), values (..., k) descending, right vectors (..., n, k) of t (..., m, n), by Gram."""
+    wide = t.shape[-2] < t.shape[-1]
     t = t.mT if wide else t
     w, v = ops.eigh(t.mT @ t)
-    values, v = w.flip(0).clamp_min(0).sqrt(), v.flip(1)
-    if values.isnan().any():
-        raise ArithmeticError("the eigensolver did not converge on the whitened target")
-    u = t @ v / values.clamp_min(torch.finfo(t.dtype).tiny)
+    values, v = w.flip(-1).clamp_min(0).sqrt(), v.flip(-1)
+    u = t @ v / values.clamp_min(torch.finfo(t.dtype).tiny)[..., None, :]
     return (v, values, u) if wide else (u, values, v)
 
 
 def top_singular_value(t: Tensor) -> Tensor:
-    """Largest singular value of t (m, n)."""
-    gram = t @ t.mT if t.shape[0] < t.shape[1] else t.mT @ t
-    return torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt() if len(gram) else gram.new_zeros(())
+    """Largest singular value (...,) of t (..., m, n)."""
+    gram = t @ t.mT if t.shape[-2] < t.shape[-1] else t.mT @ t
+    if not gram.shape[-1]:
+        return gram.sum((-2, -1))
+    return ops.eigh(gram)[0][..., -1].clamp_min(0).sqrt()
 
 
-def _extreme_eigenvalues(a: Tensor, lower: Tensor, alive: Tensor, steps: int = 12) -> tuple[float, float]:
+def _range(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a (..., n, n), at least all those above `cut`."""
+    return ops.eigh(a)
+
+
+def _extreme_eigenvalues(a: Tensor, lower: Tensor, alive: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
     """Smallest and largest eigenvalue of a on its `alive` columns, by power iteration with a and with a⁻¹."""
-    start = torch.arange(len(a), dtype=a.dtype, device=a.device).mul(2.4).cos().mul(alive)[:, None]
-    up, down = start, start
+    start = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device).mul(2.4).cos()
+    up = down = (start * alive)[..., None]
     for _ in range(steps):
         up = a @ up
-        up = up / up.norm().clamp_min(1e-300)
+        up = up / up.norm(dim=-2, keepdim=True).clamp_min(1e-300)
         down = torch.cholesky_solve(down, lower)
-        down = down / down.norm().clamp_min(1e-300)
-    high = (up * (a @ up)).sum()
-    low = 1 / (down * torch.cholesky_solve(down, lower)).sum()
-    low, high = torch.stack([low, high]).tolist()
+        down = down / down.norm(dim=-2, keepdim=True).clamp_min(1e-300)
+    high = (up * (a @ up)).sum((-2, -1))
+    low = 1 / (down * torch.cholesky_solve(down, lower)).sum((-2, -1))
     return low, high

@@ -1,6 +1,7 @@
 """The mathematics of `solve`: every identity that TINY promises, in float64, and its arguments."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from regressions import conv_net, images, least_squares, measure, mlp, regressio
 from torch import nn
 
 import growkern as gk
-from growkern.whitening import Factor
+from growkern.whitening import factor
 
 
 @pytest.fixture
@@ -61,9 +62,9 @@ def test_neurons_remove_sum_of_squares_of_the_brute_force_bottleneck(problem, co
 def test_cholesky_and_eigh_whitening_agree(problem, monkeypatch):
     *_, m = problem
     by_cholesky = gk.solve(m, neurons=3)
-    assert Factor(m.xx)._lower is not None
+    assert factor(m.xx)._lower is not None
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: (a, torch.ones((), dtype=torch.int32)))
-    assert Factor(m.xx)._lower is None
+    assert factor(m.xx)._lower is None
     by_eigh = gk.solve(m, neurons=3)
     for name in ("alpha", "omega", "singular_values", "best_update"):
         torch.testing.assert_close(getattr(by_eigh, name), getattr(by_cholesky, name), rtol=1e-9, atol=1e-11)
@@ -166,17 +167,38 @@ def test_rescaling_a_hidden_layer_changes_nothing_in_what_is_found():
         assert a.bottleneck == pytest.approx(b.bottleneck, rel=1e-10)
 
 
-def test_solve_of_a_dict_is_solve_of_each():
+@pytest.mark.parametrize("method", ["tiny", "joint", "gradmax", "fisher", "random"])
+def test_solve_of_a_dict_is_solve_of_each(method):
+    """Sites of several sizes, padded and solved at once, one of them rank-deficient: the numbers of each alone."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4)).double()
-    x, y = regression()
+    widths = (11, 9, 10, 9, 12, 9, 4)
+    layers = [nn.Linear(a, b, bias=b != 10) for a, b in itertools.pairwise(widths)]
+    acts = [nn.Tanh(), nn.Identity(), nn.Tanh(), nn.ReLU(), nn.Tanh()]
+    model = nn.Sequential(*(each for pair in zip(layers, acts, strict=False) for each in pair), layers[-1]).double()
+    x, y = regression(p=11)
     moments = gk.collect(model, gk.find_sites(model, x), [(x, y)], squared)
-    found = gk.solve(moments, neurons=2)
-    assert list(found) == ["0", "2"]
-    for name, new in found.items():
-        alone = gk.solve(moments[name], neurons=2)
-        assert torch.equal(new.alpha, alone.alpha)
-        assert new.site == moments[name].site
+    neurons = 2 if method == "random" else "auto"
+    torch.manual_seed(0)
+    found = gk.solve(moments, method=method, neurons=neurons)
+    assert list(found) == list(moments)
+    assert len(found) == 5
+    torch.manual_seed(0)
+    for name, each in moments.items():
+        new, alone = found[name], gk.solve(each, method=method, neurons=neurons)
+        for field in dataclasses.fields(new):
+            one, other = getattr(new, field.name), getattr(alone, field.name)
+            if isinstance(other, torch.Tensor):
+                assert (one - other).norm() <= 1e-11 * other.norm(), (name, field.name)
+            else:
+                assert one == (pytest.approx(other, rel=1e-10) if isinstance(other, float) else other), field.name
+
+
+def test_cut_counts_what_does_not_stand_above_noise(problem):
+    *_, m = problem
+    everything, auto = gk.solve(m, neurons=4), gk.solve(m)
+    assert auto.cut == (everything.singular_values <= auto.noise).sum()
+    assert auto.cut + len(auto) == len(everything)
+    assert everything.cut == 0
 
 
 @pytest.mark.parametrize(
