@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -122,16 +124,41 @@ def singular(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (v, values, u) if wide else (u, values, v)
 
 
-def top_singular_value(t: Tensor) -> Tensor:
-    """Largest singular value (...,) of t (..., m, n)."""
-    gram = t @ t.mT if t.shape[-2] < t.shape[-1] else t.mT @ t
-    if not gram.shape[-1]:
-        return gram.sum((-2, -1))
-    return ops.eigh(gram)[0][..., -1].clamp_min(0).sqrt()
+def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
+    """Largest eigenvalue (..., d) of symmetric operators on the columns of (..., n, d), by steps of Lanczos' method."""
+    basis = start.new_zeros(*start.shape, 0)  # (..., n, d, steps so far)
+    rows: list[Tensor] = []
+    for step in range(steps):
+        length = start.norm(dim=-2, keepdim=True)
+        gone = length <= 1e-13 * (rows[0].abs().sum(-1)[..., None, :] if rows else 0)  # the space is exhausted
+        basis = torch.cat([basis, torch.where(gone, 0, start / torch.where(gone, 1, length))[..., None]], -1)
+        start = apply(basis[..., -1])
+        for again in (False, True):  # twice, or the basis would not stay orthogonal
+            along = torch.einsum("...ndk,...nd->...dk", basis, start)
+            start = start - torch.einsum("...ndk,...dk->...nd", basis, along)
+            if not again:
+                rows.append(torch.nn.functional.pad(along, (0, steps - step - 1)))
+    projected = torch.stack(rows, -2)  # (..., d, steps, steps), of which the lower triangle counts
+    return ops.eigh(projected)[0][..., -1]
 
 
 def _range(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors of a (..., n, n), at least all those above `cut`."""
+    """Eigenvalues, ascending, and eigenvectors of a (..., n, n), at least all that stand above `cut` (...,)."""
+    # Few samples leave a wide moment few directions: a subspace that is a little larger then holds all of them, found
+    # by iterating on it, at a fraction of the cost of a full decomposition.
+    n = a.shape[-1]
+    size = 128
+    while a.shape[:-2].numel() == 1 and 4 * size <= n:
+        places = torch.arange(n * size, dtype=a.dtype, device=a.device).view(n, size)
+        basis, triangle = torch.linalg.qr(a.view(n, n) @ places.square().mul(0.7).cos())
+        size *= 2
+        if triangle.diagonal().abs().min() > cut * n**0.5:  # all of it counts: more does
+            continue
+        for _ in range(2):
+            basis = torch.linalg.qr(a.view(n, n) @ basis)[0]
+        w, vectors = ops.eigh(basis.mT @ (a.view(n, n) @ basis))
+        if w[0] < 0.01 * cut:  # it reaches beyond what counts, so that nothing that does is outside
+            return w.view(*a.shape[:-2], -1), (basis @ vectors).view(*a.shape[:-1], -1)
     return ops.eigh(a)
 
 

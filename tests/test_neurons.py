@@ -9,6 +9,7 @@ from regressions import conv_net, images, least_squares, measure, mlp, regressio
 from torch import nn
 
 import growkern as gk
+from growkern import ops
 from growkern.whitening import factor
 
 
@@ -165,6 +166,36 @@ def test_rescaling_a_hidden_layer_changes_nothing_in_what_is_found():
         for name in ("alpha", "omega", "singular_values"):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-7, atol=1e-10)
         assert a.bottleneck == pytest.approx(b.bottleneck, rel=1e-10)
+
+
+@pytest.mark.parametrize("rank", [100, 400])
+def test_wide_moments_of_few_samples_have_the_factor_of_all_their_eigenvectors(rank):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rank, 600, generator=g, dtype=torch.float64) * torch.logspace(0, -2, rank)[:, None]
+    target = torch.randn(rank, 3, generator=g, dtype=torch.float64)
+    found = factor(x.mT @ x)
+    assert found._lower is None
+    assert found.rank == rank
+    # As many features as that fit any target of the samples exactly.
+    assert (x @ found.solve(x.mT @ target) - target).norm() < 1e-9 * target.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_values_of_ill_conditioned_moments(dtype):
+    """x with a condition of 1e3, whose moment has 1e6: what float32 sums lose is their rounding, not more."""
+    g = torch.Generator().manual_seed(0)
+    n, p, q, r = 4000, 48, 20, 12
+    mix = torch.linalg.qr(torch.randn(p, p, generator=g, dtype=torch.float64))[0]
+    x = torch.randn(n, p, generator=g, dtype=torch.float64) * torch.logspace(0, -3, p, dtype=torch.float64) @ mix
+    h, noise = (torch.randn(n, k, generator=g, dtype=torch.float64) for k in (q, r))
+    v = x / x.std(0) @ torch.randn(p, r, generator=g, dtype=torch.float64) / p**0.5 + noise
+    a, b, c = (t.to(dtype) for t in (x, h, v))
+    means = (each / n for each in ops.linear_moments(a, b, c))
+    named = dict(zip(("xx", "xh", "xv", "hh", "hv", "vv"), means, strict=True))
+    moments = dataclasses.replace(measure(mlp(p=p), *regression(p=p)), xr=None, null=None, update=None, **named)
+    exact = torch.linalg.svdvals(torch.linalg.qr(x)[0].mT @ least_squares(h, v)) / n**0.5
+    values = gk.solve(moments, neurons=r).singular_values
+    assert ((values - exact).abs() / exact).max() < (1e-4 if dtype == torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize("method", ["tiny", "joint", "gradmax", "fisher", "random"])
