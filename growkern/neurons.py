@@ -14,7 +14,7 @@ from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
 from growkern.stacks import Solution, Stack, solve_together
-from growkern.whitening import Factor, singular, whiten_both
+from growkern.whitening import Factor, both_sides, singular, whiten_both
 
 _GRADMAX_START = 1e-3  # norm of the fan-in relative to existing units, where relu'(0) = 0 would leave 0 dead
 
@@ -86,7 +86,7 @@ class NewNeurons:
     noise : float or None
         What chance produces among the singular values: the threshold of ``neurons="auto"``.
     cut : int
-        Directions that "auto" left out because they do not stand above `noise`.
+        Units that "auto" could have added and did not, because they do not stand above `noise`.
     mean, variance : Tensor or None
         Of each unit's pre-activation (K,), where a norm lies between.
     """
@@ -200,26 +200,26 @@ def _solve(
 
     limits = [min(each.xv.shape) if neurons == "auto" else int(neurons) // units for each in m.parts]
     limits = limits if max_neurons is None else [min(limit, max_neurons // units) for limit in limits]
-    noise, cut = None, power * 0
+    noise = None
     if rule.starts_at_zero == "fan_out":
         count = m.numbers(limits) * units // unit * unit // units
         alpha, omega, values = _random(m.parts[0], int(limits[0] * units // unit * unit // units))
     else:
-        u, values, w = singular(whiten_both(target, x, v, m.offsets))
-        scale = m.xv.flatten(1).norm(dim=1) if x is None else (v.rank if v else power).sqrt()
-        floor = torch.maximum(1e3 * torch.finfo(m.dtype).eps * scale, 1e-7 * values[:, :1].sum(1))
-        real = above = values > floor[:, None]
+        t = whiten_both(target, x, v, m.offsets)
         if neurons == "auto":
             noise = threshold(m, x, v, hh, bottleneck, rule.project)
-            above = real & (values > noise[:, None])
-            cut = (real & ~above).sum(1) * units
-        count = torch.minimum(m.numbers(limits), above.sum(1)) * units // unit * unit // units
+        values, side = singular(t, max(limits), noise)
+        scale = m.xv.flatten(1).norm(dim=1) if x is None else (v.rank if v else power).sqrt()
+        floor = torch.maximum(1e3 * torch.finfo(m.dtype).eps * scale, 1e-7 * values[:, :1].sum(1))
+        floor = floor if noise is None else torch.maximum(floor, noise)
+        count = torch.minimum(m.numbers(limits), (values > floor[:, None]).sum(1)) * units // unit * unit // units
         # How many are wanted at most; on a GPU, to look would be to wait.
-        most = max(limits) if count.is_cuda else int(count.max())
-        alpha, omega = _scaled(m, rule, x, v, u[..., :most], values[:, :most], w[..., :most])
+        most = min(max(limits), values.shape[1]) if count.is_cuda else int(count.max())
+        u, w = both_sides(t, values[:, :most], side[..., :most])
+        values = values[:, :most]
+        alpha, omega = _scaled(m, rule, x, v, u, values, w)
         wanted = torch.arange(alpha.shape[1], device=count.device) < count[:, None]
         alpha, omega = torch.where(wanted[..., None], alpha, 0), torch.where(wanted[:, None], omega, 0)
-        values = values[:, :most]
 
     slope = m.numbers([each.slope * units for each in m.parts])
     linear = (alpha @ unreachable * omega.mT).sum((1, 2))  # ⟨Σ α ωᵀ, N⟩
@@ -239,10 +239,11 @@ def _solve(
         square = (alpha @ m.x_second * alpha).sum(2)
         tensors["variance"] = (square - tensors["mean"].square()).clamp_min(0)
     sound = torch.stack([~values.isnan().any(1), *(factor.sound for factor in (hh, x, v) if factor is not None)])
-    facts = {"bottleneck": bottleneck, "reachable": reachable, "removed": removed, "gain": gain, "cut": cut}
+    facts = {"bottleneck": bottleneck, "reachable": reachable, "removed": removed, "gain": gain}
     facts["rank"] = m.numbers([each.xx.shape[0] for each in m.parts]) if x is None else x.rank
     facts["condition"] = torch.ones_like(power) if x is None else x.condition
-    facts |= {} if noise is None else {"noise": noise}
+    if noise is not None:
+        facts |= {"noise": noise, "cut": (m.numbers(limits) - count) * units}
     return Solution(tensors, facts, count * units, sound.all(0))
 
 

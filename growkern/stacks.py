@@ -130,7 +130,7 @@ def solve_together(
 def stack(parts: Sequence[Moments]) -> Stack:
     """Stack moments that `groups` has put together."""
     tensors = {name: _padded([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
-    finite = {name: tensor.isfinite().flatten(1).all(1) for name, tensor in tensors.items()}
+    finite = {name: _finite(tensor.flatten(1)) for name, tensor in tensors.items()}
     wide = {name: tensor if name.startswith("null") else tensor.double() for name, tensor in tensors.items()}
     return Stack(list(parts), parts[0].offsets, parts[0].vv.dtype, finite, **wide)
 
@@ -180,17 +180,25 @@ def _unstacked(moments: Moments, solution: Solution, row: int, column: list[floa
     (p, t), (q, r), k = moments.xv.shape, moments.hv.shape, int(count)
     sizes = {"alpha": (k, p), "omega": (t, k), "singular_values": (k,), "best_update": (r, q)}
     sizes |= {"mean": (k,), "variance": (k,)}
-    fields: dict[str, Any] = {"mean": None, "variance": None, "noise": None}
+    fields: dict[str, Any] = {"mean": None, "variance": None, "noise": None, "cut": 0}
     for name, tensor in solution.tensors.items():
         fields[name] = tensor[row][tuple(map(slice, sizes[name]))].clone(memory_format=torch.contiguous_format)
-    facts = dict(zip(solution.facts, numbers, strict=True))
-    return fields | facts | {name: int(facts[name]) for name in ("rank", "cut")}
+    fields |= dict(zip(solution.facts, numbers, strict=True))
+    return fields | {name: int(fields[name]) for name in ("rank", "cut")}
 
 
 def _rounded(n: int) -> int:
     """Round up to 8, 12, 16, 24, 32, 48, 64 and so on."""
     power = max(8, 1 << (n - 1).bit_length())
     return power * 3 // 4 if n <= power * 3 // 4 and power > 8 else power
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Whether all entries of each row are, in one pass."""
+    if not rows.shape[1]:
+        return rows.new_ones(len(rows), dtype=torch.bool)
+    least, largest = rows.aminmax(dim=1)
+    return least.isfinite() & largest.isfinite()
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,9 @@ def relative_cut(n: Tensor, dtype: torch.dtype) -> Tensor:
     return n * (1e-14 if dtype == torch.float64 else 1e-8)
 
 
+WIDE = 512  # rows of a matrix, from which on a few singular values cost less by Lanczos' method
+
+
 class Factor:
     """A factor L of second moments, a = L Lᵀ on their numerical range, for one moment or a batch (..., n, n).
 
@@ -114,14 +117,72 @@ def whiten_both(target: Tensor, x: Factor | None, v: Factor | None, offsets: int
     return target
 
 
-def singular(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors (..., m, k), values (..., k) descending, right vectors (..., n, k) of t (..., m, n), by Gram."""
+def singular(t: Tensor, most: int, above: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Singular values (..., k), descending, and vectors (..., s, k) of the smaller side s of t (..., m, n).
+
+    Parameters
+    ----------
+    t : Tensor
+        (..., m, n).
+    most : int
+        How many are wanted at most.
+    above : Tensor or None
+        (...,) size below which none is wanted.
+
+    Returns
+    -------
+    values, vectors : Tensor
+        All min(m, n) of them, or of a wide matrix perhaps only those that are wanted. NaN where the eigenproblem of
+        the Gram side did not converge.
+    """
+    side = t if t.shape[-2] < t.shape[-1] else t.mT  # (..., s, l)
+    if side.shape[:-2].numel() == 1 and side.shape[-2] >= WIDE:
+        found = _top(side.view(side.shape[-2:]), most, float(above or 0))
+        if found is not None:
+            return found[0].view(*t.shape[:-2], -1), found[1].view(*t.shape[:-2], side.shape[-2], -1)
+    w, vectors = ops.eigh(side @ side.mT)
+    return w.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+
+
+def both_sides(t: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Left (..., m, k) and right vectors (..., n, k) of t (..., m, n), given those of its smaller side."""
     wide = t.shape[-2] < t.shape[-1]
-    t = t.mT if wide else t
-    w, v = ops.eigh(t.mT @ t)
-    values, v = w.flip(-1).clamp_min(0).sqrt(), v.flip(-1)
-    u = t @ v / values.clamp_min(torch.finfo(t.dtype).tiny)[..., None, :]
-    return (v, values, u) if wide else (u, values, v)
+    others = (t.mT if wide else t) @ vectors / values.clamp_min(torch.finfo(t.dtype).tiny)[..., None, :]
+    return (vectors, others) if wide else (others, vectors)
+
+
+def _top(side: Tensor, most: int, above: float, block: int = 16) -> tuple[Tensor, Tensor] | None:
+    """Largest singular values of side (s, l) and their left vectors, by block Lanczos; None if that would not pay."""
+    s = len(side)
+    if not above and most > s // 32:
+        return None
+    places = torch.arange(s * block, dtype=side.dtype, device=side.device).view(s, block)
+    fresh = torch.linalg.qr(places.square().mul(0.7).cos())[0]
+    basis, projected, before = side.new_zeros(s, 0), side.new_zeros(0, 0), 1.0
+    while basis.shape[1] < s // 3:
+        basis = torch.cat([basis, fresh], 1)
+        image = side @ (side.mT @ fresh)
+        along = basis.mT @ image
+        image = image - basis @ along
+        fresh, rest = torch.linalg.qr(image - basis @ (basis.mT @ image))
+        projected = torch.cat([torch.nn.functional.pad(projected, (0, 0, 0, block)), along], 1).triu()
+        if basis.shape[1] % (4 * block):
+            continue
+        w, vectors = ops.eigh(projected.mT)  # of which the lower triangle counts
+        w, vectors = w.flip(0), vectors.flip(1)
+        residuals = (rest @ vectors[-block:]).norm(dim=0)
+        count = min(most, int((w > above**2).sum()))
+        if count > len(w) // 2:
+            return None
+        others_below = count == most or bool(w[count] + residuals[count] <= above**2)
+        worst = float(residuals[:count].max() / w[0]) if count else 0.0
+        if others_below and worst <= 1e-10:
+            return w[:count].sqrt(), basis @ vectors[:, :count]
+        left = (s // 3 - basis.shape[1]) / (4 * block)
+        if worst * (worst / before) ** left > 1e-10:  # in a bulk of noise it converges too slowly to pay
+            return None
+        before = worst or before
+    return None
 
 
 def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
@@ -164,13 +225,18 @@ def _range(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
 
 def _extreme_eigenvalues(a: Tensor, lower: Tensor, alive: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
     """Smallest and largest eigenvalue of a on its `alive` columns, by power iteration with a and with a⁻¹."""
+
+    def inverse(b: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(lower, b, upper=False)  # cholesky_solve copies the factor of a batch
+        return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+
     start = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device).mul(2.4).cos()
     up = down = (start * alive)[..., None]
     for _ in range(steps):
         up = a @ up
         up = up / up.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-        down = torch.cholesky_solve(down, lower)
+        down = inverse(down)
         down = down / down.norm(dim=-2, keepdim=True).clamp_min(1e-300)
     high = (up * (a @ up)).sum((-2, -1))
-    low = 1 / (down * torch.cholesky_solve(down, lower)).sum((-2, -1))
+    low = 1 / (down * inverse(down)).sum((-2, -1))
     return low, high

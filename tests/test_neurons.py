@@ -10,7 +10,7 @@ from torch import nn
 
 import growkern as gk
 from growkern import ops
-from growkern.whitening import factor
+from growkern.whitening import both_sides, factor, singular
 
 
 @pytest.fixture
@@ -178,6 +178,23 @@ def test_wide_moments_of_few_samples_have_the_factor_of_all_their_eigenvectors(r
     assert found.rank == rank
     # As many features as that fit any target of the samples exactly.
     assert (x @ found.solve(x.mT @ target) - target).norm() < 1e-9 * target.norm()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(560, 700), (700, 560)])
+@pytest.mark.parametrize(("most", "above"), [(3, None), (5, None), (560, 1.5), (560, 9.0), (560, 0.5)])
+def test_few_singular_values_of_wide_matrices_are_those_of_all(rows, columns, most, above):
+    """Where few are wanted they come by Lanczos' method; in the bulk of noise, and below 1.5 here, from all of them."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.randn(rows, columns, generator=g, dtype=torch.float64) / 60  # the bulk ends at 0.84
+    t[:4, :4] += torch.diag(torch.tensor([8.0, 6.0, 6.0, 4.0]))
+    values, vectors = singular(t[None], most, None if above is None else torch.tensor([above]))
+    few = (most, above) in ((3, None), (560, 1.5), (560, 9.0))
+    assert (values.shape[1] < 560) == few
+    u, s, vh = torch.linalg.svd(t, full_matrices=False)
+    wanted = {(3, None): 3, (5, None): 5, (560, 1.5): 4, (560, 9.0): 0, (560, 0.5): 300}[most, above]
+    assert ((values[0, :wanted] - s[:wanted]).abs() <= 1e-12 * s[0]).all()
+    left, right = both_sides(t[None], values[:, :wanted], vectors[..., :wanted])
+    assert (left[0] * s[:wanted] @ right[0].mT - u[:, :wanted] * s[:wanted] @ vh[:wanted]).norm() < 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
