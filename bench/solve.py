@@ -84,7 +84,7 @@ def one(p: int, repeats: int, with_users: bool) -> dict[str, object]:
     for turn in range(repeats + 1):
         found = {}
         for name, run in ways.items():
-            if name == "users' PyTorch" and turn > 1:
+            if name == "users' PyTorch" and turn:
                 continue
             seconds, found[name] = timed(run, m)
             if turn or name == "users' PyTorch":
