@@ -29,13 +29,13 @@ class Window(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Pairs of positions along one axis: (u + i·u_step, v + i·v_step) for i < count."""
+    """Pairs of positions along one axis: (u + i·u_step, v + i·v_step) for i < length."""
 
     u: int
     v: int
     u_step: int
     v_step: int
-    count: int
+    length: int
 
 
 class Product(NamedTuple):
@@ -146,7 +146,9 @@ class Plan:
         self, u: Source, v: Source, weights: tuple[tuple[int, ...], tuple[int, ...]], mirrored: bool
     ) -> tuple[tuple[Term, ...], ...]:
         """Terms of all blocks, in whichever of the ways to cut the axes costs least."""
-        ways = [(_axis(u, v, axis, weights[axis], False), _axis(u, v, axis, weights[axis], True)) for axis in (0, 1)]
+        by_rows, by_columns = (
+            [_axis(u, v, axis, weights[axis], shared) for shared in (False, True)] for axis in (0, 1)
+        )
         pairs = [(a, b) for a, b in itertools.product(range(u.taps), range(v.taps)) if not (mirrored and b < a)]
 
         def products(rows: "_Axis", columns: "_Axis", a: int, b: int) -> list[tuple[Product, float]]:
@@ -159,9 +161,9 @@ class Plan:
 
         def cost(way: tuple["_Axis", "_Axis"]) -> int:
             distinct = {product for a, b in pairs for product, _ in products(*way, a, b)}
-            return sum(each.rows.count * each.columns.count + OVERHEAD for each in distinct)
+            return sum(each.rows.length * each.columns.length + OVERHEAD for each in distinct)
 
-        best = min(itertools.product(*ways), key=cost)
+        best = min(itertools.product(by_rows, by_columns), key=cost)
         blocks: dict[tuple[int, int], tuple[Term, ...]] = {}
         for a, b in pairs:
             blocks[a, b] = tuple(Term(self._number(p), weight, False) for p, weight in products(*best, a, b))
@@ -201,24 +203,24 @@ def _axis(u: Source, v: Source, axis: int, weights: tuple[int, ...], shared: boo
                 for window, tap in ((first, a), (second, b))
             ]
             if all(start % divisor == 0 for start, _, divisor in line):
-                starts, steps = zip(*((start // d, step // d) for start, step, d in line), strict=True)
-                pieces[a, b] += _cut(starts, steps, lengths, weights[residue::period], shared)
+                (u_start, u_step), (v_start, v_step) = ((start // d, step // d) for start, step, d in line)
+                run = weights[residue::period]
+                pieces[a, b] += _cut((u_start, v_start), (u_step, v_step), lengths, run, shared)
     return pieces
 
 
 def _cut(
-    starts: tuple[int, ...], steps: tuple[int, ...], lengths: tuple[int, int], weights: tuple[int, ...], shared: bool
+    starts: tuple[int, int], steps: tuple[int, int], lengths: tuple[int, int], weights: tuple[int, ...], shared: bool
 ) -> list[tuple[int, Piece]]:
     """Cut the line of pairs start + i·step inside both maps into pieces of one weight, `weights` from i = 0 on."""
-    low, high = (0, len(weights)) if not any(steps) else (None, None)
-    for start, step, length in zip(starts, steps, lengths, strict=True):
-        if step:
-            first, last = -(start // step), (length - 1 - start) // step + 1
-            low, high = max(first, first if low is None else low), min(last, last if high is None else high)
-        elif not 0 <= start < length:
-            return []
-    assert low is not None
-    assert high is not None
+    if any(not step and not 0 <= start < length for start, step, length in zip(starts, steps, lengths, strict=True)):
+        return []
+    ends = [
+        (-(start // step), (length - 1 - start) // step + 1)
+        for start, step, length in zip(starts, steps, lengths, strict=True)
+        if step
+    ] or [(0, len(weights))]
+    low, high = max(first for first, _ in ends), min(last for _, last in ends)
     found = [weights[i] if 0 <= i < len(weights) else 0 for i in range(low, high)]
     common = Counter(found).most_common(1)[0][0] if found and shared else 0
     runs = [(common, low, high)] if common else []
@@ -228,13 +230,12 @@ def _cut(
         if weight != common:
             runs.append((weight - common, position, position + count))
         position += count
-    return [
-        (
-            weight,
-            Piece(*(s + i * d for s, d in zip(starts, steps, strict=True)), *(steps if j - i > 1 else (0, 0)), j - i),
-        )
-        for weight, i, j in runs
-    ]
+    pieces = []
+    for weight, i, j in runs:
+        first, second = (start + i * step for start, step in zip(starts, steps, strict=True))
+        by_u, by_v = steps if j - i > 1 else (0, 0)
+        pieces.append((weight, Piece(first, second, by_u, by_v, j - i)))
+    return pieces
 
 
 def _period(weights: tuple[int, ...]) -> int:
@@ -304,7 +305,7 @@ def _sides(
     x_bias: bool,
     h_bias: bool,
 ) -> tuple[Source, Source, Source, Source, _Weights, _Weights, _Weights]:
-    """The sides x, h, v and the target of new neurons, and the weights of samples of h, of xx, of xv."""
+    """Describe the sides x, h, v and the target of new neurons, and weigh the samples of h, of xx, of xv."""
     _, hidden, outputs = sizes
     x_windows, h_windows, targets, counts, inside = [], [], [], [], []
     for axis in (0, 1):
