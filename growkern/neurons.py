@@ -197,6 +197,7 @@ def _solve(
     target = unreachable if rule.project else m.xv
     xx, x = _metric(m, rule, hh, by_eigenvectors)
     v = Factor(m.vv, None, m.dtype, by_eigenvectors) if rule.whiten_v else None
+    sound = [factor.sound for factor in (hh, x, v) if factor is not None]
 
     limits = [min(each.xv.shape) if neurons == "auto" else int(neurons) // units for each in m.parts]
     limits = limits if max_neurons is None else [min(limit, max_neurons // units) for limit in limits]
@@ -209,6 +210,7 @@ def _solve(
         if neurons == "auto":
             noise = threshold(m, x, v, hh, bottleneck, rule.project)
         values, side = singular(t, max(limits), noise)
+        sound.append(~values.isnan().any(1) & (power if noise is None else noise).isfinite())
         scale = m.xv.flatten(1).norm(dim=1) if x is None else (v.rank if v else power).sqrt()
         floor = torch.maximum(1e3 * torch.finfo(m.dtype).eps * scale, 1e-7 * values[:, :1].sum(1))
         floor = floor if noise is None else torch.maximum(floor, noise)
@@ -238,13 +240,12 @@ def _solve(
         tensors["mean"] = (alpha @ m.x_mean[..., None]).squeeze(-1)
         square = (alpha @ m.x_second * alpha).sum(2)
         tensors["variance"] = (square - tensors["mean"].square()).clamp_min(0)
-    sound = torch.stack([~values.isnan().any(1), *(factor.sound for factor in (hh, x, v) if factor is not None)])
     facts = {"bottleneck": bottleneck, "reachable": reachable, "removed": removed, "gain": gain}
     facts["rank"] = m.numbers([each.xx.shape[0] for each in m.parts]) if x is None else x.rank
     facts["condition"] = torch.ones_like(power) if x is None else x.condition
     if noise is not None:
         facts |= {"noise": noise, "cut": (m.numbers(limits) - count) * units}
-    return Solution(tensors, facts, count * units, sound.all(0))
+    return Solution(tensors, facts, count * units, torch.stack([power.isfinite(), *sound]).all(0))
 
 
 def check_options(method: str, neurons: int | str, max_neurons: int | None) -> None:

@@ -23,8 +23,8 @@ class Factor:
 
     A moment is scaled to unit diagonal first, so that units and a column of ones do not matter, and every cut-off is
     relative to that. Features whose diagonal is zero are left out. A Cholesky factor serves wherever the moment is
-    well conditioned, which `sound` tells; `factor` takes the eigenvectors above `relative_cut` where it is not.
-    Everything runs in float64, and nothing waits for the device.
+    well conditioned, which `sound` tells, else the eigenvectors above `relative_cut` do.
+    Everything runs in float64, and nothing waits for a GPU but one wide moment.
 
     Parameters
     ----------
@@ -67,7 +67,11 @@ class Factor:
             self.sound = (info == 0) & (low > cut)
             self.rank = alive.sum(-1)
             self.condition = torch.where(low < float("inf"), high / low, 1.0)
-            return
+            # To look is to wait for a GPU; but one wide moment is worth it, and the CPU has nothing to wait for.
+            alone = self.sound.numel() == 1 and (not a.is_cuda or a.shape[-1] >= WIDE)
+            if not alone or self.sound:
+                return
+            self._lower = None
         w, self._vectors = _range(scaled, cut)  # (..., k), (..., n, k)
         kept = w > cut[..., None]
         self.sound = ~w.isnan().any(-1)

@@ -237,8 +237,10 @@ def test_solve_of_a_dict_is_solve_of_each(method):
             one, other = getattr(new, field.name), getattr(alone, field.name)
             if isinstance(other, torch.Tensor):
                 assert (one - other).norm() <= 1e-11 * other.norm(), (name, field.name)
+            elif isinstance(other, float):  # with Cholesky the condition is an estimate
+                assert one == pytest.approx(other, rel=1e-5 if field.name == "condition" else 1e-10), field.name
             else:
-                assert one == (pytest.approx(other, rel=1e-10) if isinstance(other, float) else other), field.name
+                assert one == other, field.name
 
 
 def test_cut_counts_what_does_not_stand_above_noise(problem):
