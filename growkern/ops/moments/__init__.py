@@ -13,7 +13,7 @@ from torch import Tensor
 
 from growkern.backend import define, has_triton, implementation, register
 from growkern.ops import native
-from growkern.ops.moments import reference  # noqa: F401  (registers its implementations)
+from growkern.ops.moments import gpu, reference  # noqa: F401  (the reference registers its implementations)
 from growkern.ops.moments.checks import (
     conv2d_moments_shapes,
     conv2d_residual_shapes,
@@ -26,7 +26,9 @@ from growkern.ops.moments.gpu import Call
 if native.load("cpu"):
     from growkern.ops.moments import cpp  # noqa: F401
 if has_triton():
-    from growkern.ops.moments import triton  # noqa: F401
+    from growkern.ops.moments import triton
+
+    gpu.serve(triton, "triton")
 
 __all__ = [
     "Call",

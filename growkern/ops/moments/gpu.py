@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from growkern.backend import register
 from growkern.ops.moments import reference
 from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.plan import Plan, conv2d_plan, linear_plan, residual_plan
-from growkern.ops.moments.schedule import Schedule, Tiles, schedule
+from growkern.ops.moments.schedule import Schedule, Tiles, refuse_capture, schedule
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -208,7 +209,7 @@ def grouped_moments(engine: Any, calls: Sequence[Call]) -> list[Six]:
     """Sum the moments of several sites: those of one dtype and about one width in one launch of each kernel."""
     results: list[Six | None] = [None] * len(calls)
     groups: dict[tuple[Any, ...], list[int]] = {}
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    capturing = _capturing()
     for number, call in enumerate(calls):
         plan = call.plan()
         if capturing or _plain(call.x) or any(_far(tensor) for tensor in call[:3]):
@@ -221,6 +222,12 @@ def grouped_moments(engine: Any, calls: Sequence[Call]) -> list[Six]:
         for number, six in zip(members, _group(engine, [calls[n] for n in members], tiles), strict=True):
             results[number] = six
     return [six for six in results if six is not None]
+
+
+def serve(engine: Any, backend: str) -> None:
+    """Register the ops with the kernels of an engine as those of a backend."""
+    for op in (linear_moments, linear_residual, conv2d_moments, conv2d_residual, grouped_moments):
+        register(op.__name__, backend)(functools.partial(op, engine))
 
 
 def _group(engine: Any, calls: Sequence[Call], tiles: Tiles) -> list[Six]:
@@ -270,6 +277,10 @@ def _place(tensor: Tensor) -> tuple[Rows, tuple[int, ...]]:
     area, width = tensor.shape[2] * tensor.shape[3], tensor.shape[3]
     sizes = len(tensor) * area, tensor.shape[1], pitch, area, width
     return rows, (tensor.data_ptr(), rows.data.data_ptr(), *sizes, *tensor.stride())
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _far(tensor: Tensor) -> bool:
@@ -363,6 +374,7 @@ def _sides(x: Rows, h: Rows, v: Rows) -> list[Rows]:
 @functools.cache
 def _ones(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make a row of a one, then zeros."""
+    refuse_capture(device)
     return torch.eye(1, ONES, dtype=dtype)[0].to(device)
 
 

@@ -102,7 +102,9 @@ def schedule(
     -------
     Schedule
         The tables.
+
     """
+    refuse_capture(device)
     products = [(i, product) for i, plan in enumerate(plans) for product in plan.products]
     count = len(products)
     extents = np.array([plan.extent(p) for plan in plans for p in range(len(plan.products))], np.int64)
@@ -174,6 +176,12 @@ def schedule(
         tiles=tiles,
         programs=programs,
     )
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise a RuntimeError while a CUDA graph is captured: what stays must be made before, by a first call."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("moments: run once with these shapes before capturing a CUDA graph: tables are made then")
 
 
 def _same(piece: Piece) -> bool:

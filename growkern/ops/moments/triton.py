@@ -1,15 +1,12 @@
 """Second moments by Triton: what `gpu` asks of an engine. The kernels are imported when the first one is needed."""
 
-import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from growkern.backend import INTERPRETED, register
-from growkern.ops.moments import gpu
+from growkern.backend import INTERPRETED
 from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.gpu import COPY_FIELDS, PACK_CHANNELS, PACK_PIXELS, Rows, alignment
 from growkern.ops.moments.plan import Plan
@@ -22,27 +19,16 @@ from growkern.ops.moments.schedule import (
     Schedule,
     Tiles,
 )
+from growkern.ops.moments.tiles import choose, gpu_of
 
 CHAIN = 512  # positions that tensor cores may add up before the sum goes to float32 registers
 
 
 def tiles(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
-    """Choose the tiles by the widest source."""
-    widest, half = max(plan.channels), dtype != torch.float32
-    if widest <= 16:
-        return Tiles(16, 16, 64 if half else 32, 1)
-    if widest <= 32:
-        return Tiles(32, 32, 64 if half else 32, 2)
-    if widest < 128 or (precision == "ieee" and not half):
-        # From Hopper on, the operands of a matrix product stay in shared memory, and four warps have registers enough.
-        return Tiles(64, 64, 64 if half else 32, 4 if half or generation(device) >= 9 else 8)
-    return Tiles(128, 128, 64, 8, programs=2) if half else Tiles(128, 64, 32, 8, programs=4)
-
-
-@functools.cache
-def generation(device: torch.device) -> int:
-    """Tell the major compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    """Choose the tiles by the GPU and the widest source."""
+    kind = "matrix" if all(size == (1, 1) for size in plan.sizes) else "map"
+    operands = precision if dtype == torch.float32 else "half"
+    return choose(gpu_of(device), kind, operands, max(plan.channels))
 
 
 def correlate(
@@ -228,7 +214,3 @@ def _precision(precision: str, half: bool) -> str:
     if precision == "tf32" or half:
         return "tf32"
     return "ieee" if torch.version.hip else "tf32x3"
-
-
-for _op in (gpu.linear_moments, gpu.linear_residual, gpu.conv2d_moments, gpu.conv2d_residual, gpu.grouped_moments):
-    register(_op.__name__, "triton")(functools.partial(_op, sys.modules[__name__]))
