@@ -163,16 +163,16 @@ def test_small_singular_values_are_as_accurate_as_large_ones():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(("op", "backend"), [(op, b) for op in ("eigh", "svd") for b in available(op)])
 def test_a_matrix_that_is_not_finite_comes_back_nan_alone(op, backend, bad):
-    a = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    a = torch.randn(2, 2, 5, 5, generator=torch.Generator().manual_seed(0))
     a = a + a.mT
     spoiled = a.clone()
     spoiled[0, 1, 4, 2] = spoiled[0, 1, 2, 4] = bad
-    spoiled[1, 2, 0, 0] = bad
+    spoiled[1, 0, 0, 0] = bad
     with use_backend(backend):
         expected, out = getattr(ops, op)(a), getattr(ops, op)(spoiled)
     for part, full in zip(out, expected, strict=True):
-        for index in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
-            if index in ([0, 1], [1, 2]):
+        for index in torch.cartesian_prod(torch.arange(2), torch.arange(2)).tolist():
+            if index in ([0, 1], [1, 0]):
                 assert part[tuple(index)].isnan().all()
             else:
                 assert torch.allclose(part[tuple(index)], full[tuple(index)], atol=1e-5)
