@@ -1,6 +1,7 @@
 """The plan of the GPU kernels, carried out by einsum, against the reference; and what it saves."""
 
 import collections
+import types
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from growkern.backend import use_backend
 from growkern.ops import ConvGeometry
+from growkern.ops.moments import Call, gpu, triton
 from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan
 from growkern.ops.moments.schedule import Tiles, schedule
 
@@ -116,3 +118,21 @@ def test_partial_sums_stay_within_their_share_of_memory():
     many = schedule((plan,), (10**6,), 1, False, Tiles(64, 64, 32), 132, 2**40, torch.device("cpu"))
     few = schedule((plan,), (10**6,), 1, False, Tiles(64, 64, 32), 132, 2**18, torch.device("cpu"))
     assert few.elements - few.slots <= 2**18 < many.elements - many.slots
+
+
+@pytest.mark.parametrize("case", cases("conv2d_moments", "linear_moments", size="bench"), ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_copies_and_workspace_stay_below_one_and_a_half_times_inputs_and_results(case, precision, monkeypatch):
+    """As on a GPU of 132 multiprocessors; tensors of the meta device have sizes only."""
+    workspaces = []
+    launches = {name: lambda *arguments: None for name in ("reduce", "assemble")}
+    launches["correlate"] = lambda us, vs, out, *rest: workspaces.append((us, out))
+    engine = types.SimpleNamespace(tiles=triton.tiles, **launches)
+    monkeypatch.setattr(gpu, "_processors", lambda device: 132)
+    (x, h, v), named = case.arguments(torch.float32, device="meta")
+    call = Call(x, h, v, **named, precision=precision)
+    results = call.alone(engine)
+    ((sides, workspace),) = workspaces
+    copies = sum(side.data.nbytes for side, tensor in zip(sides, (x, h, v), strict=False) if tensor.ndim == 4)
+    own = sum(tensor.nbytes for tensor in (x, h, v, *results))
+    assert copies + workspace.nbytes <= 1.5 * own
