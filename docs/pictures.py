@@ -16,6 +16,7 @@ from torch import nn
 
 import growkern as gk
 from growkern import chance
+from growkern.stacks import stack
 from growkern.surgery import trial
 from growkern.whitening import Factor
 
@@ -77,7 +78,9 @@ def spectrum():
     _, axes = pyplot.subplots(1, 2, figsize=(9, 3.7))
     for axis, (title, moments) in zip(axes, sources, strict=True):
         new, values = gk.solve(moments), gk.solve(moments, neurons=10).singular_values
-        draws = chance.tops(moments, Factor(moments.xx), None, Factor(moments.hh), new.bottleneck, True)
+        m = stack([moments])
+        bottleneck = m.numbers([new.bottleneck])
+        draws = chance.tops(m, Factor(m.xx, None, m.dtype), None, Factor(m.hh, None, m.dtype), bottleneck, True)[0]
         axis.axhline(new.noise, color=ORANGE, ls="--")
         axis.text(12.2, new.noise, "threshold", color=ORANGE, ha="right", va="bottom")
         axis.plot(range(1, len(values) + 1), values, "o", color=BLUE, ms=7, label="$\\lambda_k$ of the site")

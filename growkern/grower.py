@@ -228,7 +228,7 @@ class Grower:
         """One growth at the best of some sites."""
         start = time.perf_counter()
         moments = collect(self.model, sites, passes.batches, self.loss_fn, **self._collect)
-        found = {name: self._solve(m) for name, m in moments.items()}
+        found = self._solve(moments)
         name, new, reason = distributed.agree(self._choose(moments, found), passes.group)
         scale = 0.0
         with evaluating(self.model):
@@ -254,11 +254,17 @@ class Grower:
             reason=reason,
         )
 
-    def _solve(self, moments: Moments) -> NewNeurons:
-        unit = granularity(moments, self._method, self._paired)
-        count = self._neurons if isinstance(self._neurons, str) else -(-self._neurons // unit) * unit
-        room = self._room(moments)
-        return solve(moments, method=self._method, neurons=count, max_neurons=room, paired=self._paired)
+    def _solve(self, moments: dict[str, Moments]) -> dict[str, NewNeurons]:
+        """Neurons of every site; those that may grow by as much are solved together."""
+        alike: dict[tuple[int | str, int | None], dict[str, Moments]] = {}
+        for name, each in moments.items():
+            unit = granularity(each, self._method, self._paired)
+            count = self._neurons if isinstance(self._neurons, str) else -(-self._neurons // unit) * unit
+            alike.setdefault((count, self._room(each)), {})[name] = each
+        found: dict[str, NewNeurons] = {}
+        for (count, room), group in alike.items():
+            found |= solve(group, method=self._method, neurons=count, max_neurons=room, paired=self._paired)
+        return {name: found[name] for name in moments}
 
     def _room(self, moments: Moments) -> int | None:
         """Units that fit the budget at a site."""

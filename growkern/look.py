@@ -62,12 +62,12 @@ def bottlenecks(
     """
     passes = Passes(model, list(batches), loss_fn)
     rows = []
-    for name, each in collect(model, sites or reachable_sites(passes, "full"), passes.batches, loss_fn).items():
-        new = solve(each)
+    moments = collect(model, sites or reachable_sites(passes, "full"), passes.batches, loss_fn)
+    for name, new in solve(moments).items():
         share = new.bottleneck / (new.bottleneck + new.reachable or 1.0)
         row = {
             "site": name,
-            "units": resolve(model, each.site).units,
+            "units": resolve(model, new.site).units,
             "bottleneck": new.bottleneck,
             "share": share,
         }

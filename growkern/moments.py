@@ -18,7 +18,7 @@ from growkern.eval_mode import evaluating
 from growkern.passes import Passes
 from growkern.probe import LossFn, Probe, measured_together, random_signs
 from growkern.sites import GrowthSite
-from growkern.whitening import Factor
+from growkern.whitening import factor
 
 
 @dataclass
@@ -194,7 +194,7 @@ def collect(
         sums = run.sweep(probes, lambda some, _: measured_together(some))
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
         updates = {
-            name: Factor(sums[name]["hh"] / counts[name]).solve(sums[name]["hv"] / counts[name]).mT
+            name: factor(sums[name]["hh"] / counts[name]).solve(sums[name]["hv"] / counts[name]).mT
             for name, probe in probes.items()
             if null_draws or probe.kernel == "full"
         }

@@ -13,7 +13,8 @@ from growkern.arguments import check_choice, check_count
 from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
-from growkern.whitening import Factor, singular, whiten_both
+from growkern.stacks import Solution, Stack, solve_together
+from growkern.whitening import Factor, both_sides, singular, whiten_both
 
 _GRADMAX_START = 1e-3  # norm of the fan-in relative to existing units, where relu'(0) = 0 would leave 0 dead
 
@@ -84,6 +85,8 @@ class NewNeurons:
         Of the moment of x that was factored.
     noise : float or None
         What chance produces among the singular values: the threshold of ``neurons="auto"``.
+    cut : int
+        Units that "auto" could have added and did not, because they do not stand above `noise`.
     mean, variance : Tensor or None
         Of each unit's pre-activation (K,), where a norm lies between.
     """
@@ -102,6 +105,7 @@ class NewNeurons:
     rank: int
     condition: float
     noise: float | None
+    cut: int
     mean: Tensor | None
     variance: Tensor | None
 
@@ -157,92 +161,91 @@ def solve(
     ValueError
         For an argument that is not as described, or moments that are not finite or lack what is asked for.
     """
-    if isinstance(moments, Mapping):
-        options: dict[str, Any] = {"neurons": neurons, "max_neurons": max_neurons, "paired": paired}
-        return {name: solve(each, method=method, **options) for name, each in moments.items()}
-    try:
-        return _solve(moments, method, neurons, max_neurons, paired)
-    except ArithmeticError as error:
-        raise ValueError(f"moments: site {moments.site.name!r}: {error}") from None
-
-
-def _solve(moments: Moments, method: str, neurons: int | str, max_neurons: int | None, paired: bool) -> NewNeurons:
-    """Solve one site."""
     check_options(method, neurons, max_neurons)
-    rule, site = METHODS[method], moments.site
-    paired = paired or (rule.starts_at_zero == "fan_in" and not moments.smooth)
-    unit = granularity(moments, method, paired)
-    if neurons != "auto" and int(neurons) % unit:
-        why = "± pairs" if paired else "groups of its GroupNorm"
-        raise ValueError(f"neurons: site {site.name!r} grows by multiples of {unit} units ({why}), got {neurons}")
-    for name, tensor in moments.tensors().items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"moments: {name} of site {site.name!r} is not finite")
-    if rule.schur and moments.xh is None:
-        raise ValueError(f"method: 'joint' needs E[x hᵀ], which site {site.name!r} has only with kernel='center'")
+    if isinstance(moments, Moments):
+        return solve({"": moments}, method=method, neurons=neurons, max_neurons=max_neurons, paired=paired)[""]
+    for each in moments.values():
+        _check(each, method, neurons, paired)
 
-    hv, vv = moments.hv.double(), moments.vv.double()
-    known = moments.update is not None and not rule.schur and (neurons != "auto" or moments.null_h is None)
-    hh = None if known else Factor(moments.hh)
-    update = hh.solve(hv) if hh is not None else moments.update.double().mT  # type: ignore[union-attr]  # (q, r)
-    power, reachable = float(vv.trace()), float((hv * update).sum())
-    bottleneck = max(power - reachable, 0.0)
-    unreachable = _project(moments, update)  # N (p, r·offsets)
-    target = unreachable if rule.project else moments.xv.double()
-    xx, factor = _metric(moments, rule, hh)
-    v_factor = Factor(moments.vv) if rule.whiten_v else None
+    def alike(each: Moments) -> tuple[Any, ...]:
+        alone = id(each) if METHODS[method].starts_at_zero == "fan_out" else None  # random numbers come in order
+        return each.smooth, each.multiple, each.x_mean is None, alone
 
-    units = 2 if paired else 1
-    limit = min(target.shape) if neurons == "auto" else int(neurons) // units
-    if max_neurons is not None:
-        limit = min(limit, max_neurons // units)
+    def run(m: Stack, by_eigenvectors: bool) -> Solution:
+        return _solve(m, method, neurons, max_neurons, paired, by_eigenvectors)
+
+    found = solve_together(moments, alike, run)
+    return {
+        name: NewNeurons(site=each.site, method=method, kernel=each.kernel, **found[name])
+        for name, each in moments.items()
+    }
+
+
+def _solve(
+    m: Stack, method: str, neurons: int | str, max_neurons: int | None, paired: bool, by_eigenvectors: bool
+) -> Solution:
+    """Solve B sites at once."""
+    rule = METHODS[method]
+    paired = paired or (rule.starts_at_zero == "fan_in" and not m.parts[0].smooth)
+    unit, units = granularity(m.parts[0], method, paired), 2 if paired else 1
+    known = m.update is not None and not rule.schur and (neurons != "auto" or m.null_h is None)
+    hh = None if known else Factor(m.hh, None, m.dtype, by_eigenvectors)
+    update = hh.solve(m.hv) if hh is not None else m.update.mT  # type: ignore[union-attr]  # (B, q, r)
+    power, reachable = m.vv.diagonal(dim1=1, dim2=2).sum(1), (m.hv * update).sum((1, 2))
+    bottleneck = (power - reachable).clamp_min(0)
+    unreachable = m.xr if m.xr is not None else m.xv - m.xh @ update  # type: ignore[operator]  # N (B, p, r·offsets)
+    target = unreachable if rule.project else m.xv
+    xx, x = _metric(m, rule, hh, by_eigenvectors)
+    v = Factor(m.vv, None, m.dtype, by_eigenvectors) if rule.whiten_v else None
+    sound = [factor.sound for factor in (hh, x, v) if factor is not None]
+
+    limits = [min(each.xv.shape) if neurons == "auto" else int(neurons) // units for each in m.parts]
+    limits = limits if max_neurons is None else [min(limit, max_neurons // units) for limit in limits]
     noise = None
     if rule.starts_at_zero == "fan_out":
-        alpha, omega, values = _random(moments, limit * units // unit * unit // units)
+        count = m.numbers(limits) * units // unit * unit // units
+        alpha, omega, values = _random(m.parts[0], int(limits[0] * units // unit * unit // units))
     else:
-        u, values, w = singular(whiten_both(target, factor, v_factor, moments.offsets))
+        t = whiten_both(target, x, v, m.offsets)
         if neurons == "auto":
-            noise = threshold(moments, factor, v_factor, hh, bottleneck, rule.project)
-            limit = min(limit, int((values > noise).sum()))
-        scale = float(moments.xv.norm()) if factor is None else (v_factor.rank if v_factor else power) ** 0.5
-        floor = max(1e3 * torch.finfo(moments.vv.dtype).eps * scale, 1e-7 * float(values[:1].sum()))
-        limit = min(limit, int((values > floor).sum())) * units // unit * unit // units
-        u, values, w = u[:, :limit], values[:limit], w[:, :limit]
-        alpha, omega = _scaled(moments, rule, factor, v_factor, u, values, w)
+            noise = threshold(m, x, v, hh, bottleneck, rule.project)
+        values, side = singular(t, max(limits), noise)
+        sound.append(~values.isnan().any(1) & (power if noise is None else noise).isfinite())
+        scale = m.xv.flatten(1).norm(dim=1) if x is None else (v.rank if v else power).sqrt()
+        floor = torch.maximum(1e3 * torch.finfo(m.dtype).eps * scale, 1e-7 * values[:, :1].sum(1))
+        floor = floor if noise is None else torch.maximum(floor, noise)
+        count = torch.minimum(m.numbers(limits), (values > floor[:, None]).sum(1)) * units // unit * unit // units
+        # How many are wanted at most; on a GPU, to look would be to wait.
+        most = min(max(limits), values.shape[1]) if count.is_cuda else int(count.max())
+        u, w = both_sides(t, values[:, :most], side[..., :most])
+        values = values[:, :most]
+        alpha, omega = _scaled(m, rule, x, v, u, values, w)
+        wanted = torch.arange(alpha.shape[1], device=count.device) < count[:, None]
+        alpha, omega = torch.where(wanted[..., None], alpha, 0), torch.where(wanted[:, None], omega, 0)
 
-    linear = (alpha @ unreachable * omega.mT).sum()  # ⟨Σ α ωᵀ, N⟩
-    removed = float(2 * linear - ((alpha @ xx @ alpha.mT) * (omega.mT @ omega)).sum())
-    gain = moments.slope * units * float((alpha @ moments.xv.double() * omega.mT).sum())
-    gain *= moments.count if moments.reduction == "sum" else 1
+    slope = m.numbers([each.slope * units for each in m.parts])
+    linear = (alpha @ unreachable * omega.mT).sum((1, 2))  # ⟨Σ α ωᵀ, N⟩
+    removed = 2 * linear - ((alpha @ xx @ alpha.mT) * (omega.mT @ omega)).sum((1, 2))
+    gain = slope * (alpha @ m.xv * omega.mT).sum((1, 2))
+    gain = gain * m.numbers([each.count if each.reduction == "sum" else 1 for each in m.parts])
     if rule.schur and hh is not None:
-        passed = alpha @ moments.xh.double()  # type: ignore[union-attr]  # (K, q)
-        update = hh.solve(hv - moments.slope * units * (omega @ passed).mT)
+        passed = alpha @ m.xh  # type: ignore[operator]  # (B, K, q)
+        update = hh.solve(m.hv - slope[:, None, None] * (omega @ passed).mT)
     if paired:
-        alpha = torch.stack([alpha, -alpha], dim=1).flatten(0, 1)
-        omega = torch.stack([omega, -omega], dim=2).flatten(1, 2)
-        values = values.repeat_interleave(2)
-    mean = variance = None
-    if moments.x_mean is not None and moments.x_second is not None:
-        mean = alpha @ moments.x_mean.double()
-        variance = ((alpha @ moments.x_second.double() * alpha).sum(1) - mean.square()).clamp_min(0)
-    return NewNeurons(
-        site=site,
-        method=method,
-        kernel=moments.kernel,
-        alpha=alpha,
-        omega=omega,
-        singular_values=values,
-        best_update=update.mT.contiguous(),
-        bottleneck=bottleneck,
-        reachable=reachable,
-        removed=removed,
-        gain=gain,
-        rank=alpha.shape[1] if factor is None else factor.rank,
-        condition=1.0 if factor is None else factor.condition,
-        noise=noise,
-        mean=mean,
-        variance=variance,
-    )
+        alpha = torch.stack([alpha, -alpha], dim=2).flatten(1, 2)
+        omega = torch.stack([omega, -omega], dim=3).flatten(2, 3)
+        values = values.repeat_interleave(2, dim=1)
+    tensors = {"alpha": alpha, "omega": omega, "singular_values": values, "best_update": update.mT}
+    if m.x_mean is not None and m.x_second is not None:
+        tensors["mean"] = (alpha @ m.x_mean[..., None]).squeeze(-1)
+        square = (alpha @ m.x_second * alpha).sum(2)
+        tensors["variance"] = (square - tensors["mean"].square()).clamp_min(0)
+    facts = {"bottleneck": bottleneck, "reachable": reachable, "removed": removed, "gain": gain}
+    facts["rank"] = m.numbers([each.xx.shape[0] for each in m.parts]) if x is None else x.rank
+    facts["condition"] = torch.ones_like(power) if x is None else x.condition
+    if noise is not None:
+        facts |= {"noise": noise, "cut": (m.numbers(limits) - count) * units}
+    return Solution(tensors, facts, count * units, torch.stack([power.isfinite(), *sound]).all(0))
 
 
 def check_options(method: str, neurons: int | str, max_neurons: int | None) -> None:
@@ -261,56 +264,52 @@ def granularity(moments: Moments, method: str, paired: bool) -> int:
     return moments.multiple * 2 if paired and moments.multiple % 2 else moments.multiple
 
 
-def _project(moments: Moments, update: Tensor) -> Tensor:
-    """N = xv − xh hh⁺ hv, or as it was measured directly."""
-    if moments.xr is not None:
-        return moments.xr.double()
-    if moments.xh is None:
-        raise ValueError(f"moments: site {moments.site.name!r} has neither xr nor xh; measure it with collect()")
-    return moments.xv.double() - moments.xh.double() @ update
+def _check(moments: Moments, method: str, neurons: int | str, paired: bool) -> None:
+    """Raise a ValueError for moments that lack what is asked for."""
+    site, unit = moments.site, granularity(moments, method, paired)
+    if neurons != "auto" and int(neurons) % unit:
+        why = "± pairs" if unit > moments.multiple or paired else "groups of its GroupNorm"
+        raise ValueError(f"neurons: site {site.name!r} grows by multiples of {unit} units ({why}), got {neurons}")
+    if METHODS[method].schur and moments.xh is None:
+        raise ValueError(f"method: 'joint' needs E[x hᵀ], which site {site.name!r} has only with kernel='center'")
+    if moments.xr is None and moments.xh is None:
+        raise ValueError(f"moments: site {site.name!r} has neither xr nor xh; measure it with collect()")
 
 
-def _metric(moments: Moments, rule: Method, hh: Factor | None) -> tuple[Tensor, Factor | None]:
-    """Give the quadratic form of new neurons, (p, p), and its factor where x is whitened."""
-    xx = moments.xx.double()
+def _metric(m: Stack, rule: Method, hh: Factor | None, by_eigenvectors: bool) -> tuple[Tensor, Factor | None]:
+    """Give the quadratic form of new neurons, (B, p, p), and its factor where x is whitened."""
     if not rule.schur:
-        return xx, Factor(moments.xx) if rule.whiten_x else None
-    assert moments.xh is not None and hh is not None  # noqa: PT018
-    passed = hh.whiten(moments.xh.mT)  # (q, p)
-    complement = xx - passed.mT @ passed
-    if moments.x_bias and moments.h_bias and torch.isclose(moments.xx[-1, -1], moments.hh[-1, -1], rtol=1e-6):
-        complement[-1], complement[:, -1] = 0, 0  # the ones of x are the ones of h
-    return complement, Factor(complement, xx.diagonal() * (complement.diagonal() > 0), moments.xx.dtype)
+        return m.xx, Factor(m.xx, None, m.dtype, by_eigenvectors) if rule.whiten_x else None
+    assert m.xh is not None and hh is not None  # noqa: PT018
+    passed = hh.whiten(m.xh.mT)  # (B, q, p)
+    complement = (m.xx - passed.mT @ passed) * m.apart[:, None] * m.apart[..., None]
+    diagonal = m.xx.diagonal(dim1=1, dim2=2) * (complement.diagonal(dim1=1, dim2=2) > 0)
+    return complement, Factor(complement, diagonal, m.dtype, by_eigenvectors)
 
 
 def _scaled(
-    moments: Moments,
-    rule: Method,
-    x: Factor | None,
-    v: Factor | None,
-    u: Tensor,
-    values: Tensor,
-    w: Tensor,
+    m: Stack, rule: Method, x: Factor | None, v: Factor | None, u: Tensor, values: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fan-in (K, p) and fan-out (r·offsets, K) from singular vectors u, w of the whitened target."""
-    if rule.starts_at_zero == "fan_in":
-        start = 0.0 if moments.smooth else _GRADMAX_START * (moments.fan_in_norm or 1.0)
-        return start * u.mT, w * (moments.fan_out_norm or 1.0)
-    assert x is not None
+    """Fan-in (B, K, p) and fan-out (B, r·offsets, K) from singular vectors u, w of the whitened target."""
     if v is not None:
-        by_row = w.reshape(v.width, moments.offsets * w.shape[1])
-        w = v.unwhiten(by_row).reshape(moments.xv.shape[1], w.shape[1])
+        by_row = w.unflatten(1, (-1, m.offsets)).flatten(2)  # (B, r, offsets·K)
+        w = v.unwhiten(by_row).reshape(w.shape)
     if w.numel():  # singular vectors have no sign of their own: the largest entry of the fan-out is positive
-        sign = w.gather(0, w.abs().argmax(0, keepdim=True)).sign()
+        sign = w.gather(1, w.abs().argmax(1, keepdim=True)).sign()
         u, w = u * sign, w * sign
-    root = values.sqrt()
+    if rule.starts_at_zero == "fan_in":
+        start = m.numbers([0.0 if each.smooth else _GRADMAX_START * (each.fan_in_norm or 1.0) for each in m.parts])
+        size = m.numbers([each.fan_out_norm or 1.0 for each in m.parts])
+        return start[:, None, None] * u.mT, size[:, None, None] * w
+    assert x is not None
+    root = values.sqrt()[:, None]
     return (x.unwhiten(u) * root).mT, w * root
 
 
 def _random(moments: Moments, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fan-in from the layers' own initialisation (uniform up to 1/√fan-in), fan-out zero."""
+    """Fan-in from the layers' own initialisation (uniform up to 1/√fan-in), fan-out zero; a stack of one."""
     p = moments.xx.shape[0]
     bound = max(p - moments.x_bias, 1) ** -0.5
     like = moments.xx.new_empty(0, dtype=torch.float64)
-    alpha = like.new_empty(count, p).uniform_(-bound, bound)
-    return alpha, like.new_zeros(moments.xv.shape[1], count), like.new_zeros(count)
+    alpha = like.new_empty(1, count, p).uniform_(-bound, bound)
+    return alpha, like.new_zeros(1, moments.xv.shape[1], count), like.new_zeros(1, count)

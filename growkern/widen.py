@@ -76,6 +76,7 @@ def _silent(model: nn.Module, site: GrowthSite, count: int) -> NewNeurons:
         rank=0,
         condition=1.0,
         noise=None,
+        cut=0,
         mean=zeros,
         variance=zeros + 1,
     )

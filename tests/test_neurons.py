@@ -1,6 +1,7 @@
 """The mathematics of `solve`: every identity that TINY promises, in float64, and its arguments."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from regressions import conv_net, images, least_squares, measure, mlp, regressio
 from torch import nn
 
 import growkern as gk
-from growkern.whitening import Factor
+from growkern import ops
+from growkern.whitening import both_sides, factor, singular
 
 
 @pytest.fixture
@@ -61,9 +63,9 @@ def test_neurons_remove_sum_of_squares_of_the_brute_force_bottleneck(problem, co
 def test_cholesky_and_eigh_whitening_agree(problem, monkeypatch):
     *_, m = problem
     by_cholesky = gk.solve(m, neurons=3)
-    assert Factor(m.xx)._lower is not None
+    assert factor(m.xx)._lower is not None
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: (a, torch.ones((), dtype=torch.int32)))
-    assert Factor(m.xx)._lower is None
+    assert factor(m.xx)._lower is None
     by_eigh = gk.solve(m, neurons=3)
     for name in ("alpha", "omega", "singular_values", "best_update"):
         torch.testing.assert_close(getattr(by_eigh, name), getattr(by_cholesky, name), rtol=1e-9, atol=1e-11)
@@ -166,17 +168,87 @@ def test_rescaling_a_hidden_layer_changes_nothing_in_what_is_found():
         assert a.bottleneck == pytest.approx(b.bottleneck, rel=1e-10)
 
 
-def test_solve_of_a_dict_is_solve_of_each():
+@pytest.mark.parametrize("rank", [100, 400])
+def test_wide_moments_of_few_samples_have_the_factor_of_all_their_eigenvectors(rank):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rank, 600, generator=g, dtype=torch.float64) * torch.logspace(0, -2, rank)[:, None]
+    target = torch.randn(rank, 3, generator=g, dtype=torch.float64)
+    found = factor(x.mT @ x)
+    assert found._lower is None
+    assert found.rank == rank
+    # As many features as that fit any target of the samples exactly.
+    assert (x @ found.solve(x.mT @ target) - target).norm() < 1e-9 * target.norm()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(560, 700), (700, 560)])
+@pytest.mark.parametrize(("most", "above"), [(3, None), (5, None), (560, 1.5), (560, 9.0), (560, 0.5)])
+def test_few_singular_values_of_wide_matrices_are_those_of_all(rows, columns, most, above):
+    """Where few are wanted they come by Lanczos' method; in the bulk of noise, and below 1.5 here, from all of them."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.randn(rows, columns, generator=g, dtype=torch.float64) / 60  # the bulk ends at 0.84
+    t[:4, :4] += torch.diag(torch.tensor([8.0, 6.0, 6.0, 4.0]))
+    values, vectors = singular(t[None], most, None if above is None else torch.tensor([above]))
+    few = (most, above) in ((3, None), (560, 1.5), (560, 9.0))
+    assert (values.shape[1] < 560) == few
+    u, s, vh = torch.linalg.svd(t, full_matrices=False)
+    wanted = {(3, None): 3, (5, None): 5, (560, 1.5): 4, (560, 9.0): 0, (560, 0.5): 300}[most, above]
+    assert ((values[0, :wanted] - s[:wanted]).abs() <= 1e-12 * s[0]).all()
+    left, right = both_sides(t[None], values[:, :wanted], vectors[..., :wanted])
+    assert (left[0] * s[:wanted] @ right[0].mT - u[:, :wanted] * s[:wanted] @ vh[:wanted]).norm() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_values_of_ill_conditioned_moments(dtype):
+    """x with a condition of 1e3, whose moment has 1e6: what float32 sums lose is their rounding, not more."""
+    g = torch.Generator().manual_seed(0)
+    n, p, q, r = 4000, 48, 20, 12
+    mix = torch.linalg.qr(torch.randn(p, p, generator=g, dtype=torch.float64))[0]
+    x = torch.randn(n, p, generator=g, dtype=torch.float64) * torch.logspace(0, -3, p, dtype=torch.float64) @ mix
+    h, noise = (torch.randn(n, k, generator=g, dtype=torch.float64) for k in (q, r))
+    v = x / x.std(0) @ torch.randn(p, r, generator=g, dtype=torch.float64) / p**0.5 + noise
+    a, b, c = (t.to(dtype) for t in (x, h, v))
+    means = (each / n for each in ops.linear_moments(a, b, c))
+    named = dict(zip(("xx", "xh", "xv", "hh", "hv", "vv"), means, strict=True))
+    moments = dataclasses.replace(measure(mlp(p=p), *regression(p=p)), xr=None, null=None, update=None, **named)
+    exact = torch.linalg.svdvals(torch.linalg.qr(x)[0].mT @ least_squares(h, v)) / n**0.5
+    values = gk.solve(moments, neurons=r).singular_values
+    assert ((values - exact).abs() / exact).max() < (1e-4 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("method", ["tiny", "joint", "gradmax", "fisher", "random"])
+def test_solve_of_a_dict_is_solve_of_each(method):
+    """Sites of several sizes, padded and solved at once, one of them rank-deficient: the numbers of each alone."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4)).double()
-    x, y = regression()
+    widths = (11, 9, 10, 9, 12, 9, 4)
+    layers = [nn.Linear(a, b, bias=b != 10) for a, b in itertools.pairwise(widths)]
+    acts = [nn.Tanh(), nn.Identity(), nn.Tanh(), nn.ReLU(), nn.Tanh()]
+    model = nn.Sequential(*(each for pair in zip(layers, acts, strict=False) for each in pair), layers[-1]).double()
+    x, y = regression(p=11)
     moments = gk.collect(model, gk.find_sites(model, x), [(x, y)], squared)
-    found = gk.solve(moments, neurons=2)
-    assert list(found) == ["0", "2"]
-    for name, new in found.items():
-        alone = gk.solve(moments[name], neurons=2)
-        assert torch.equal(new.alpha, alone.alpha)
-        assert new.site == moments[name].site
+    neurons = 2 if method == "random" else "auto"
+    torch.manual_seed(0)
+    found = gk.solve(moments, method=method, neurons=neurons)
+    assert list(found) == list(moments)
+    assert len(found) == 5
+    torch.manual_seed(0)
+    for name, each in moments.items():
+        new, alone = found[name], gk.solve(each, method=method, neurons=neurons)
+        for field in dataclasses.fields(new):
+            one, other = getattr(new, field.name), getattr(alone, field.name)
+            if isinstance(other, torch.Tensor):
+                assert (one - other).norm() <= 1e-11 * other.norm(), (name, field.name)
+            elif isinstance(other, float):  # with Cholesky the condition is an estimate
+                assert one == pytest.approx(other, rel=0.1 if field.name == "condition" else 1e-10), field.name
+            else:
+                assert one == other, field.name
+
+
+def test_cut_counts_what_does_not_stand_above_noise(problem):
+    *_, m = problem
+    everything, auto = gk.solve(m, neurons=4), gk.solve(m)
+    assert auto.cut == (everything.singular_values <= auto.noise).sum()
+    assert auto.cut + len(auto) == len(everything)
+    assert everything.cut == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""Moments of several sites as one: padded with zeros to one size, so that one call solves all of them.
+
+Zeros change nothing: a feature that is never seen is left out of every factor, and adds singular values of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkern.moments import Moments
+
+LARGEST_PADDED = 256  # wider moments gain nothing from company
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Moments of B sites, as in `Moments` with a leading dimension; the draws in the dtype they were measured in.
+
+    Attributes
+    ----------
+    parts : list of Moments
+        Those that are stacked.
+    offsets, dtype : int, torch.dtype
+        What all of them share; `dtype` is that of the sums.
+    finite : dict of str to Tensor
+        By name of the tensor, (B,) whether it is.
+    """
+
+    parts: list[Moments]
+    offsets: int
+    dtype: torch.dtype
+    finite: dict[str, Tensor]
+    xx: Tensor
+    xv: Tensor
+    hh: Tensor
+    hv: Tensor
+    vv: Tensor
+    xh: Tensor | None = None
+    xr: Tensor | None = None
+    null: Tensor | None = None
+    null_h: Tensor | None = None
+    x_mean: Tensor | None = None
+    x_second: Tensor | None = None
+    update: Tensor | None = None
+
+    def numbers(self, values: Sequence[float]) -> Tensor:
+        """Give one number for each site, (B,) in float64, to the device without waiting for it."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        return numbers.pin_memory().to(self.xx.device, non_blocking=True) if self.xx.is_cuda else numbers
+
+    @cached_property
+    def apart(self) -> Tensor:
+        """Features of x that are not the ones that h has too, (B, p)."""
+        p, q = (self.numbers([len(getattr(each, name)) for each in self.parts])[:, None] - 1 for name in ("xx", "hh"))
+        x_ones = self.xx.diagonal(dim1=1, dim2=2).gather(1, p.long())
+        h_ones = self.hh.diagonal(dim1=1, dim2=2).gather(1, q.long())
+        shared = self.numbers([each.x_bias and each.h_bias for each in self.parts]).bool()[:, None]
+        shared = shared & torch.isclose(x_ones, h_ones, rtol=1e-6)
+        return ~(shared & (torch.arange(self.xx.shape[1], device=self.xx.device) == p))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Neurons of the B sites of a stack, before anyone has looked at them.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        Padded fields of `NewNeurons`, with a leading dimension.
+    facts : dict of str to Tensor
+        Fields that are numbers, (B,).
+    count, sound : Tensor
+        (B,) units of each, the first of what the tensors hold; whether every factor served.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Tensor]
+    count: Tensor
+    sound: Tensor
+
+
+def solve_together(
+    moments: Mapping[str, Moments], key: Callable[[Moments], Hashable], run: Callable[[Stack, bool], Solution]
+) -> dict[str, dict[str, Any]]:
+    """Solve sites in stacks of like ones, by Cholesky first, and once more by eigenvectors where that did not serve.
+
+    Parameters
+    ----------
+    moments : mapping of str to Moments
+        Of the sites.
+    key : callable
+        What the sites of a stack have in common, besides what was measured.
+    run : callable
+        Solves a stack, by eigenvectors or not, without waiting for its device.
+
+    Returns
+    -------
+    dict of str to dict
+        By name of the site, the fields of `NewNeurons` that were solved for.
+
+    Raises
+    ------
+    ValueError
+        Where moments are not finite or no factor served.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    left = dict(moments)
+    for by_eigenvectors in (False, True):
+        together = groups(left, key)
+        stacks = [stack([left[name] for name in names]) for names in together]
+        solutions = [run(each, by_eigenvectors) for each in stacks]
+        tables = _to_host([_table(*both) for both in zip(stacks, solutions, strict=True)])
+        for names, solution, table in zip(together, solutions, tables, strict=True):
+            for row, (name, column) in enumerate(zip(names, table, strict=True)):
+                fields = _unstacked(left[name], solution, row, column)
+                found |= {} if fields is None else {name: fields}
+        left = {name: each for name, each in left.items() if name not in found}
+    if left:
+        sites = ", ".join(repr(each.site.name) for each in left.values())
+        raise ValueError(f"moments: the eigensolver did not converge on those of site {sites}")
+    return found
+
+
+def stack(parts: Sequence[Moments]) -> Stack:
+    """Stack moments that `groups` has put together."""
+    tensors = {name: _padded([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
+    finite = {name: _finite(tensor.flatten(1)) for name, tensor in tensors.items()}
+    wide = {name: tensor if name.startswith("null") else tensor.double() for name, tensor in tensors.items()}
+    return Stack(list(parts), parts[0].offsets, parts[0].vv.dtype, finite, **wide)
+
+
+def groups(moments: Mapping[str, Moments], key: Callable[[Moments], Hashable]) -> list[list[str]]:
+    """Names of sites that can be solved together: alike in `key`, in what was measured, and about in size."""
+    found: dict[Hashable, list[str]] = {}
+    for name, part in moments.items():
+        tensors = part.tensors()
+        sizes: Hashable = tuple(_rounded(n) for n in (*part.xx.shape[:1], *part.hh.shape[:1], *part.vv.shape[:1]))
+        if max(part.xx.shape[0], part.hh.shape[0], part.xv.shape[1]) > LARGEST_PADDED:
+            sizes = name
+        draws = 0 if part.null is None else len(part.null)
+        kind = (tuple(tensors), draws, part.offsets, part.vv.dtype, part.vv.device)
+        found.setdefault((sizes, kind, key(part)), []).append(name)
+    return list(found.values())
+
+
+def _table(m: Stack, solution: Solution) -> Tensor:
+    """All that the host must know, (facts, B)."""
+    return torch.stack(
+        [t.double() for t in (*m.finite.values(), solution.sound, solution.count, *solution.facts.values())]
+    )
+
+
+def _to_host(tables: Sequence[Tensor]) -> list[list[list[float]]]:
+    """Columns of each table (facts, B) as lists, in one transfer where facts are as many."""
+    wide = [table.mT for table in tables]
+    flat = torch.cat([table.flatten().to(wide[0].device) for table in wide]).tolist() if wide else []
+    out, start = [], 0
+    for table in wide:
+        rows, columns = table.shape
+        out.append([flat[start + row * columns : start + (row + 1) * columns] for row in range(rows)])
+        start += rows * columns
+    return out
+
+
+def _unstacked(moments: Moments, solution: Solution, row: int, column: list[float]) -> dict[str, Any] | None:
+    """Fields of one site without padding; None if its moments have no such factors."""
+    names = list(moments.tensors())
+    finite, (sound, count), numbers = column[: len(names)], column[len(names) :][:2], column[len(names) + 2 :]
+    for name, good in zip(names, finite, strict=True):
+        if not good:
+            raise ValueError(f"moments: {name} of site {moments.site.name!r} is not finite")
+    if not sound:
+        return None
+    (p, t), (q, r), k = moments.xv.shape, moments.hv.shape, int(count)
+    sizes = {"alpha": (k, p), "omega": (t, k), "singular_values": (k,), "best_update": (r, q)}
+    sizes |= {"mean": (k,), "variance": (k,)}
+    fields: dict[str, Any] = {"mean": None, "variance": None, "noise": None, "cut": 0}
+    for name, tensor in solution.tensors.items():
+        fields[name] = tensor[row][tuple(map(slice, sizes[name]))].clone(memory_format=torch.contiguous_format)
+    fields |= dict(zip(solution.facts, numbers, strict=True))
+    return fields | {name: int(fields[name]) for name in ("rank", "cut")}
+
+
+def _rounded(n: int) -> int:
+    """Round up to 8, 12, 16, 24, 32, 48, 64 and so on."""
+    power = max(8, 1 << (n - 1).bit_length())
+    return power * 3 // 4 if n <= power * 3 // 4 and power > 8 else power
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Whether all entries of each row are, in one pass."""
+    if not rows.shape[1]:
+        return rows.new_ones(len(rows), dtype=torch.bool)
+    least, largest = rows.aminmax(dim=1)
+    return least.isfinite() & largest.isfinite()
+
+
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    if all(each.shape == tensors[0].shape for each in tensors):
+        return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+    shape = [max(sizes) for sizes in zip(*(each.shape for each in tensors), strict=True)]
+    out = tensors[0].new_zeros(len(tensors), *shape)
+    for row, each in zip(out, tensors, strict=True):
+        row[tuple(map(slice, each.shape))] = each
+    return out

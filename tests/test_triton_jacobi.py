@@ -1,0 +1,41 @@
+"""The Triton kernels of `eigh` and `svd` where there is no GPU: interpreted on the CPU, and compiled for others."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def python(*arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_cases_of_the_table_in_the_interpreter():
+    # numpy warns of what Triton takes for granted: a tangent may overflow on its way to 0.
+    chosen = ("-q", "-W", "ignore::RuntimeWarning", "tests/test_ops_jacobi.py", "-k", "triton or small")
+    tests = python("-m", "pytest", *chosen, TRITON_INTERPRET="1")
+    assert "eigh: has triton" in tests
+    assert "skipped" not in tests
+
+
+def test_kernels_of_the_largest_tile_fit_every_target():
+    """bench/jacobi_compiled.py fails on a kernel that spills a register or takes too much shared memory."""
+    rows = python("bench/jacobi_compiled.py", "--sides", "64").splitlines()
+    assert len(rows) == 16
