@@ -113,11 +113,16 @@ class Passes:
             held = sum(operand.nbytes for each in together for operand in each.operands)
             if number < len(probes) and held < _TOGETHER_BYTES:
                 continue
+            totals, values = [], []
             for each, measured in zip(together, measure(together, batch_size), strict=True):
                 total = sums[each.site.name]
                 for key, value in measured.items():
-                    total[key] = total[key].add_(value) if key in total else value
+                    if total.setdefault(key, value) is not value:
+                        totals.append(total[key])
+                        values.append(value)
                 each.release()
+            if totals:
+                torch._foreach_add_(totals, values)  # one launch for many
             together.clear()
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Tensor, int]:

@@ -33,7 +33,7 @@ class Case(ABC):
     name: str
     size: str = "test"  # "test" | "bench"
     dtypes: tuple[torch.dtype, ...] = SINGLE_DOUBLE
-    layout: str = "contiguous"  # | "strided" | "channels_last"
+    layout: str = "contiguous"  # | "strided" | "channels_last" | "rows first"
 
     @property
     def function(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -135,6 +135,8 @@ class _Source:
         values = (self._randn(*shape) + 0.3).to(self.device, self.dtype)
         if self.layout == "channels_last":
             return values.contiguous(memory_format=torch.channels_last)
+        if self.layout == "rows first":  # of maps: memory runs as (images, columns, channels, rows)
+            return values.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         if self.layout == "strided":
             return torch.stack([values, torch.full_like(values, torch.nan)], -1)[..., 0]
         return values
@@ -214,6 +216,7 @@ CASES: list[Case] = [
     *_conv2d("3×3 x bias", h_bias=False),
     *_conv2d("3×3 channels_last", layout="channels_last", dtypes=ALL),
     *_conv2d("3×3 strided", layout="strided"),
+    *_conv2d("1×1 rows first", producer=ConvGeometry(1), consumer=ConvGeometry(1), layout="rows first"),
     *_conv2d("valid", producer=ConvGeometry(3), consumer=ConvGeometry(3)),
     *_conv2d("5×5", producer=ConvGeometry(5, 1, 2), consumer=ConvGeometry(5, 1, 2)),
     *_conv2d("1×1", producer=ConvGeometry(1), consumer=ConvGeometry(1)),

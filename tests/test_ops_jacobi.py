@@ -139,6 +139,7 @@ def test_badly_scaled_matrices_of_one_batch_do_not_disturb_each_other(backend):
 @pytest.mark.parametrize("values", ["random", "gram"])
 def test_eigh_errs_at_most_twice_as_much_as_lapack(values, dtype, backend):
     (a,), _ = MatrixCase(op="eigh", name="12", shape=(4, 12, 12), values=values).arguments(dtype)
+    a = a.to(device_of(backend))
 
     def errors(w: Tensor, q: Tensor) -> Tensor:
         """Largest ‖aq − qw‖/‖a‖ and ‖qᵀq − 1‖ of the batch."""
@@ -153,7 +154,7 @@ def test_eigh_errs_at_most_twice_as_much_as_lapack(values, dtype, backend):
 @pytest.mark.skipif("triton" not in available("svd"), reason="LAPACK's small singular values are not as accurate")
 def test_small_singular_values_are_as_accurate_as_large_ones():
     (a,), _ = MatrixCase(op="svd", name="graded", shape=(20, 12)).arguments(torch.float32)
-    a = a * torch.logspace(0, -9, 12)
+    a = (a * torch.logspace(0, -9, 12)).to(device_of("triton"))
     expected = torch.linalg.svdvals(a.double())  # absolutely accurate to 1e-16
     with use_backend("triton"):
         values = ops.svd(a)[1].double()

@@ -11,7 +11,8 @@ from torch import Tensor
 from growkern.backend import use_backend
 from growkern.ops import ConvGeometry
 from growkern.ops.moments import Call, gpu, triton
-from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan
+from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan, linear_plan
+from growkern.ops.moments.rows import is_far, read_by
 from growkern.ops.moments.schedule import Tiles, schedule
 
 
@@ -45,6 +46,10 @@ def carried_out(plan: Plan, maps: list[Tensor]) -> list[Tensor]:
     return results
 
 
+def operands(case: Conv2dCase, x: Tensor, h: Tensor, v: Tensor) -> list[Tensor]:
+    return [x, read_by(case.consumer, h, v), v]
+
+
 def planned(case: Conv2dCase, x: Tensor, h: Tensor, v: Tensor) -> Plan:
     channels, sizes = ([list(t.shape[part]) for t in (x, h, v)] for part in (slice(1, 2), slice(2, 4)))
     return conv2d_plan(
@@ -63,7 +68,7 @@ def test_a_plan_carried_out_gives_the_moments(case):
     maps, named = case.arguments(torch.float64)
     with use_backend("reference"):
         expected = list(case.function(*maps, **named))
-    out = carried_out(planned(case, *maps), maps)
+    out = carried_out(planned(case, *maps), operands(case, *maps))
     if case.kernel == "full":
         del expected[1]  # no xh
     assert len(out) == len(expected)
@@ -80,37 +85,52 @@ def test_taps_at_the_same_distance_share_their_correlation():
     assert sum(areas) < 61 * 32 * 32
 
 
-@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("tiles", [Tiles(32, 32, 32), Tiles(64, 16, 32)])
+@pytest.mark.parametrize(("images", "draws", "per_image"), [((50,), 1, False), ((50, 7), 3, False), ((5,), 1, True)])
 @pytest.mark.parametrize("processors", [1, 132])
-def test_a_schedule_covers_every_position_of_every_tile_once(per_image, processors):
+def test_a_schedule_covers_every_position_of_every_tile_once(images, draws, per_image, processors, tiles):
     same = ConvGeometry(3, 1, 1)
     plan = conv2d_plan((40, 20, 70), ((9, 8),) * 3, same, same, False, True, True)
-    tiles = Tiles(32, 32, 32)
-    table = schedule((plan,), (50,), 1, per_image, tiles, processors, 2**40, torch.device("cpu"))
+    plans = (plan, linear_plan((33, 3, 17), True, False))[: len(images)]
+    table = schedule(plans, images, draws, per_image, tiles, processors, 2**40, torch.device("cpu"))
     items_of = collections.defaultdict(list)
     for number, *item in table.items.tolist():
         items_of[number].append(tuple(item))
-    for number, product in enumerate(plan.products):
-        u, v = plan.extent(number)
-        items = items_of[number]
+    products = [
+        (each, number, n) for each, n in zip(plans, images, strict=True) for number in range(len(each.products))
+    ]
+    written = []
+    for number, (owner, local, n) in enumerate(products * draws):
+        product, (u, v) = owner.products[local], owner.extent(local)
         row = table.products[number].tolist()
-        positions, length = row[6], row[7]
-        assert positions == 50 * product.rows.length * product.columns.length
+        positions, length, target, stride, draw, symmetric = *row[6:10], *row[18:]
+        assert positions == n * product.rows.length * product.columns.length
+        assert draw == number // len(products)
         splits = -(-positions // length)
-        symmetric = row[19]
         grid = {
-            (m, n, split)
-            for m in range(-(-u // 32))
-            for n in range(-(-v // 32))
+            (i, j, split)
+            for i in range(-(-u // tiles.block_m))
+            for j in range(-(-v // tiles.block_n))
             for split in range(splits)
-            if m <= n or not symmetric
+            if i <= j or not symmetric
         }
-        assert len(items) == len(grid)
-        assert set(items) == grid
-        # Sums of different splits and products never meet.
-        assert row[8] + (splits - 1) * row[9] + u * v <= table.elements
-        if not per_image and splits > 1:
-            assert row[9] == u * v
+        assert not (symmetric and tiles.block_m != tiles.block_n)
+        assert len(items_of[number]) == len(grid)
+        assert set(items_of[number]) == grid
+        written += [(target + split * stride, u * v) for split in range(splits)]
+    # Sums of different splits, products and draws never meet, and leave no gap.
+    end = 0
+    slots = sorted(written + ([] if per_image else [(row[1], row[2]) for row in table.sums.tolist() if not row[4]]))
+    for start, size in slots:
+        assert start == end
+        end += size
+    assert end == table.elements
+
+
+def test_a_consumer_of_the_whole_map_has_one_product_of_its_patches():
+    plan = conv2d_plan((4, 8, 10), ((16, 16), (16, 16), (1, 1)), ConvGeometry(1), ConvGeometry(16), True, True, True)
+    assert plan.channels == (4, 8 * 256, 10, 1)
+    assert len(plan.products) < 2 * 256 + 10  # x at every pixel with v, and no pairs of pixels
 
 
 def test_partial_sums_stay_within_their_share_of_memory():
@@ -136,3 +156,19 @@ def test_copies_and_workspace_stay_below_one_and_a_half_times_inputs_and_results
     copies = sum(side.data.nbytes for side, tensor in zip(sides, (x, h, v), strict=False) if tensor.ndim == 4)
     own = sum(tensor.nbytes for tensor in (x, h, v, *results))
     assert copies + workspace.nbytes <= 1.5 * own
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "far"),
+    [
+        ((256, 3, 1024, 1024), torch.bfloat16, True),  # eight channels once copied
+        ((256, 3, 512, 512), torch.bfloat16, False),
+        ((1024, 16, 512, 512), torch.float32, True),
+        ((2**22, 512), torch.float32, True),
+        ((2**22, 128), torch.float32, False),
+    ],
+)
+def test_offsets_are_counted_after_copies(shape, dtype, far):
+    assert is_far(torch.empty(shape, dtype=dtype, device="meta")) == far
+    if shape[0] == 1024:  # one image, shown many times
+        assert is_far(torch.empty(1, *shape[1:], device="meta").expand(shape))

@@ -16,9 +16,11 @@ MINE = Tiles(64, 32, 16, 4, 2, 4)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "tuned_path", lambda: tmp_path / "cache" / "tiles.json")
-    tiles._tuned.cache_clear()
+    for cached in (tiles._tuned, tiles.choose):
+        cached.cache_clear()
     yield
-    tiles._tuned.cache_clear()
+    for cached in (tiles._tuned, tiles.choose):
+        cached.cache_clear()
 
 
 def entry(width, operands="ieee", kinds=("map",), chosen=MINE):
@@ -32,7 +34,7 @@ def test_there_are_tiles_for_every_gpu(kind, operands, where):
     for width in (1, 3, 16, 48, 1000):
         chosen = tiles.choose(("unheard of", where), kind, operands, width)
         assert chosen.block_k >= 16
-        assert chosen.block_m <= max(16, 2 * width)
+        assert max(chosen.block_m, chosen.block_n) <= max(16, 2 * width)
 
 
 def test_what_was_tuned_goes_first_and_the_nearest_width_is_taken():
@@ -43,6 +45,14 @@ def test_what_was_tuned_goes_first_and_the_nearest_width_is_taken():
     assert tiles.choose(GPU, "map", "ieee", 128) == wide
     assert tiles.choose(GPU, "matrix", "ieee", 64) == shipped
     assert tiles.choose(("Another", GPU[1]), "map", "ieee", 64) == shipped
+
+
+def test_what_was_tuned_for_other_widths_does_not_count():
+    shipped = tiles.choose(GPU, "map", "ieee", 16)
+    tiles.write_tuned(GPU[0], [entry(512)])
+    assert tiles.choose(GPU, "map", "ieee", 16) == shipped
+    tiles.write_tuned(GPU[0], [entry(16)])
+    assert tiles.choose(GPU, "map", "ieee", 16) == tiles.choose(GPU, "map", "ieee", 512) == MINE
 
 
 def test_gpus_share_the_file():
@@ -57,6 +67,7 @@ def test_gpus_share_the_file():
 def test_a_damaged_file_is_ignored_with_a_word(text, caplog):
     shipped = tiles.choose(GPU, "map", "ieee", 64)
     tiles._tuned.cache_clear()
+    tiles.choose.cache_clear()
     tiles.tuned_path().parent.mkdir()
     tiles.tuned_path().write_text(text)
     assert tiles.choose(GPU, "map", "ieee", 64) == shipped

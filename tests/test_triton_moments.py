@@ -14,6 +14,7 @@ from cases import TOLERANCES, cases, error, to_double
 from growkern.backend import INTERPRETED, use_backend
 from growkern.ops import ConvGeometry
 from growkern.ops.moments import Call, gpu, grouped_moments, schedule
+from growkern.ops.moments.schedule import Tiles
 
 ROOT = Path(__file__).parents[1]
 OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 # Every layout, dtype and border; few large kernels, as the interpreter takes 10 ms for one program.
 CHOSEN = (
     "linear or moments-3xd73-full-torch.float32 or last-center-torch.bfloat16 or strided-center or beyond"
-    " or square-center or (then and full) or (of and center) or images or xd71-center or xd72"
+    " or square-center or (then and full) or (of and center) or images or xd71-center or first or xd72"
     " or draws-center".replace("xd7", "\\xd7")
 )
 
@@ -55,8 +56,8 @@ def test_the_kernels_compile_without_spills_and_with_matrix_instructions():
     """bench/triton_compiled.py fails on a kernel that spills, takes too much shared memory or multiplies by hand."""
     rows = python("bench/triton_compiled.py", "--only", "64ch 32² B=128-full", "width 32").splitlines()
     kernels = {tuple(row.split()[:2]) for row in rows}
-    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    assert kernels == {(k, t) for k in ("correlate", "assemble", "reduce", "subtract") for t in targets}
+    targets, names = ("sm_80", "sm_90", "sm_100", "gfx942"), ("correlate", "assemble", "reduce", "subtract", "pack")
+    assert kernels == {(k, t) for k in names for t in targets}
 
 
 # Inside the interpreter.
@@ -104,6 +105,16 @@ def test_interpreted_offsets_of_64_bits_change_nothing(case, monkeypatch):
     narrow = run(case)
     monkeypatch.setattr(triton, "_wide", lambda *sides: True)
     assert all(torch.equal(*pair) for pair in zip(narrow, run(case), strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_interpreted_tiles_need_not_be_square(case, monkeypatch):
+    from growkern.ops.moments import triton
+
+    monkeypatch.setattr(triton, "tiles", lambda *arguments: Tiles(32, 16, 16, 1))
+    for one, right in zip(run(case), expected(case), strict=True):
+        assert error(one, right) <= TOLERANCES[torch.float32]
 
 
 @interpreted

@@ -268,8 +268,10 @@ def grouped_moments(calls: Sequence[Call]) -> list[Six]:
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError
         As the two ops do.
+    ValueError
+        As the two ops do, or if the calls are on several kinds of devices.
     """
     calls = [call._replace(x=call.x.detach(), h=call.h.detach(), v=call.v.detach()) for call in calls]
     for x, h, v, made, read, kernel, x_bias, h_bias, precision in calls:
@@ -281,6 +283,8 @@ def grouped_moments(calls: Sequence[Call]) -> list[Six]:
     if not calls:
         return []
     device = calls[0].x.device.type
+    if any(call.x.device.type != device for call in calls):
+        raise ValueError(f"calls: expected all tensors on one kind of device, {device}")
     with torch.autocast(device, enabled=False):
         return implementation("grouped_moments", device)(calls)
 

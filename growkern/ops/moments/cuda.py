@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from growkern.ops.moments.geometry import ConvGeometry
-from growkern.ops.moments.gpu import PACK_CHANNELS, PACK_PIXELS, Rows, alignment
 from growkern.ops.moments.plan import Plan
+from growkern.ops.moments.rows import PACK_CHANNELS, PACK_PIXELS, Rows, alignment
 from growkern.ops.moments.schedule import ASSEMBLE_COLUMNS, ASSEMBLE_ROWS, SUM_BLOCK, Schedule, Tiles
 
 native = torch.ops.growkern_cuda

@@ -8,40 +8,35 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from growkern.backend import register
 from growkern.ops.moments import reference
 from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.plan import Plan, conv2d_plan, linear_plan, residual_plan
-from growkern.ops.moments.schedule import Schedule, Tiles, refuse_capture, schedule
+from growkern.ops.moments.rows import (
+    COPY_FIELDS,
+    ONES,
+    PACK_CHANNELS,
+    PACK_PIXELS,
+    Rows,
+    alignment,
+    is_far,
+    ones,
+    place,
+    read_by,
+    rows_of,
+    sources,
+)
+from growkern.ops.moments.schedule import Schedule, Tiles, schedule
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
 
 PER_IMAGE_BYTES = 256 * 2**20  # that the sums of single images may take at once
-COPY_FIELDS = 12  # first program, source, target, pixels, channels, pitch, area, width, four strides of the source
-PACK_PIXELS, PACK_CHANNELS = 64, 16  # tile of a program that packs
-ONES = 8  # elements of the row of ones: 16 bytes or more
 SPLITS_ELEMENTS = 4 * 2**20  # that partial sums may take whatever the size of inputs and results
 
 
-class Rows(NamedTuple):
-    """Activations as rows of channels, one for every pixel of every image.
-
-    Attributes
-    ----------
-    data : Tensor
-        (n, channels) or (images, height, width, channels), channels next to each other.
-    channels : int
-        Of a row, with those that only fill it up to whole 16 bytes.
-    pitch : int
-        Elements from one pixel to the next.
-    """
-
-    data: Tensor
-    channels: int
-    pitch: int
+_captured: list[Schedule] = []  # CUDA graphs read them whenever they are replayed
 
 
 class Call(NamedTuple):
@@ -68,6 +63,11 @@ class Call(NamedTuple):
             return linear_plan((self.x.shape[1], self.h.shape[1], self.v.shape[1]), self.x_bias, self.h_bias)
         shapes = _shapes(self.x, self.h, self.v)
         return conv2d_plan(*shapes, self.producer, self.consumer, self.full, self.x_bias, self.h_bias)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give x, h and v, with the taps of h as channels where the consumer has one output."""
+        h = self.h if self.consumer is None else read_by(self.consumer, self.h, self.v)
+        return self.x, h, self.v
 
     def six(self, results: list[Tensor]) -> Six:
         """Name the results of the plan, and give an empty xh where it has none."""
@@ -101,6 +101,17 @@ class Engine(Protocol):
     def assemble(self, slots: Tensor, plan: Schedule, results: Sequence[Tensor]) -> None:
         """Write results from (draws, slots); each has as many draws."""
 
+    def pack(self, copies: Tensor, programs: int, anchor: Tensor) -> None:
+        """Copy maps to rows of channels, as a table of COPY_FIELDS columns says; all have the anchor's dtype."""
+
+    def correlate_group(
+        self, sources: Tensor, ones: Rows, out: Tensor, plan: Schedule, precision: str, align: int
+    ) -> None:
+        """Correlate for several sites: addresses, pitches and channels, in units of `align`, are in a table."""
+
+    def assemble_group(self, slots: Tensor, plan: Schedule, results: Tensor) -> None:
+        """Assemble for several sites: the addresses of the results are in a table."""
+
     def subtract(
         self, h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer: ConvGeometry, precision: str
     ) -> None:
@@ -112,7 +123,7 @@ def linear_moments(engine: Engine, x: Tensor, h: Tensor, v: Tensor, x_bias: bool
     if _plain(x):
         return reference.linear_moments(x, h, v, x_bias, h_bias, precision)
     call = Call(x, h, v, x_bias=x_bias, h_bias=h_bias, precision=precision)
-    return call.six(_moments(engine, call.plan(), (x, h, v), precision))
+    return call.six(_moments(engine, call.plan(), call.operands(), precision))
 
 
 def conv2d_moments(
@@ -132,7 +143,7 @@ def conv2d_moments(
         return reference.conv2d_moments(x, h, v, producer, consumer, kernel, x_bias, h_bias, precision)
     made, read = ConvGeometry.unpack(producer), ConvGeometry.unpack(consumer)
     call = Call(x, h, v, made, read, kernel, x_bias, h_bias, precision)
-    return call.six(_moments(engine, call.plan(), (x, h, v), precision))
+    return call.six(_moments(engine, call.plan(), call.operands(), precision))
 
 
 def linear_residual(
@@ -154,13 +165,7 @@ def linear_residual(
     plan = residual_plan(channels, ((1, 1),) * 3, one, one, False, x_bias, h_bias)
     with torch.cuda.device_of(x):
         us, left = _read(engine, x, h, v, update, one, h_bias, precision)
-        draws = _draws(signs, x)
-        table = _schedule(engine, plan, left, len(draws), False, precision)
-        workspace = x.new_empty(table.elements, dtype=torch.float32)
-        engine.correlate(us, _sides(left, left, left), workspace, table, precision, draws)
-        engine.reduce(workspace, table)
-        sums = workspace[: len(draws) * table.slots].view(len(draws), -1)
-        return _residuals(engine, plan, table, sums)
+        return _signed(engine, plan, us, left, _draws(signs, x), precision)
 
 
 def conv2d_residual(
@@ -185,12 +190,8 @@ def conv2d_residual(
     with torch.cuda.device_of(x), reference.matmul_precision(x.device, "ieee"):
         us, left = _read(engine, x, h, v, update, read, h_bias, precision)
         draws = _draws(signs, x)
-        if len(draws) == 1:
-            table = _schedule(engine, plan, left, 1, False, precision)
-            workspace = x.new_empty(table.elements, dtype=torch.float32)
-            engine.correlate(us, _sides(left, left, left), workspace, table, precision, None)
-            engine.reduce(workspace, table)
-            return _residuals(engine, plan, table, workspace[None, : table.slots])
+        if len(draws) == 1 or h.shape[2] * h.shape[3] <= len(draws):
+            return _signed(engine, plan, us, left, draws, precision)
         slots = sum(math.prod(plan.extent(number)) for number in range(len(plan.products)))
         step = max(1, PER_IMAGE_BYTES // (4 * max(1, slots)))
         sums = draws.new_zeros(len(draws), slots)
@@ -200,7 +201,7 @@ def conv2d_residual(
             table = _schedule(engine, plan, part, 1, True, precision)
             workspace = x.new_empty(table.elements, dtype=torch.float32)
             sides = [each._replace(data=each.data[some]) for each in us[:3]]
-            engine.correlate(_sides(*sides), _sides(part, part, part), workspace, table, precision, None)
+            engine.correlate(sources(*sides), sources(part, part, part), workspace, table, precision, None)
             sums.addmm_(draws[:, some], workspace.view(len(part.data), slots))
         return _residuals(engine, plan, table, sums)
 
@@ -209,10 +210,11 @@ def grouped_moments(engine: Any, calls: Sequence[Call]) -> list[Six]:
     """Sum the moments of several sites: those of one dtype and about one width in one launch of each kernel."""
     results: list[Six | None] = [None] * len(calls)
     groups: dict[tuple[Any, ...], list[int]] = {}
-    capturing = _capturing()
+    with torch.cuda.device_of(calls[0].x):
+        capturing = _capturing(calls[0].x.device)  # addresses would come from memory that is not kept
     for number, call in enumerate(calls):
         plan = call.plan()
-        if capturing or _plain(call.x) or any(_far(tensor) for tensor in call[:3]):
+        if capturing or _plain(call.x) or any(is_far(tensor) for tensor in call[:3]):
             results[number] = call.alone(engine)
         else:
             tiles = engine.tiles(plan, call.x.dtype, call.precision, call.x.device)
@@ -237,13 +239,13 @@ def _group(engine: Any, calls: Sequence[Call], tiles: Tiles) -> list[Six]:
         copies: list[tuple[int, ...]] = []
         programs, sides = 0, []
         for call in calls:
-            for tensor in call[:3]:
-                rows, copy = _place(tensor)
+            for tensor in call.operands():
+                rows, copy = place(tensor)
                 if copy:
                     copies.append((programs, *copy))
                     programs += -(-copy[2] // PACK_PIXELS) * -(-copy[4] // PACK_CHANNELS)
                 sides.append(rows)
-            sides.append(Rows(_ones(x.dtype, x.device), ONES, ONES))
+            sides.append(Rows(ones(x.dtype, x.device), ONES, ONES))
         align = alignment(*sides)
         shapes = [shape for plan in plans for shape in plan.shapes]
         results = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
@@ -265,27 +267,8 @@ def _group(engine: Any, calls: Sequence[Call], tiles: Tiles) -> list[Six]:
         return [call.six([next(found) for _ in each.shapes]) for call, each in zip(calls, plans, strict=True)]
 
 
-def _place(tensor: Tensor) -> tuple[Rows, tuple[int, ...]]:
-    """Give the rows of a tensor, and what to copy there first if they are new: a row of COPY_FIELDS but its first."""
-    if tensor.ndim == 2:
-        return _rows(tensor), ()
-    images = tensor.permute(0, 2, 3, 1)
-    pitch = tensor.shape[1] + -tensor.shape[1] % (16 // tensor.itemsize)
-    if pitch == tensor.shape[1] and images.is_contiguous() and images.data_ptr() % 16 == 0:
-        return Rows(images, pitch, pitch), ()
-    rows = Rows(images.new_empty(*images.shape[:3], pitch), pitch, pitch)
-    area, width = tensor.shape[2] * tensor.shape[3], tensor.shape[3]
-    sizes = len(tensor) * area, tensor.shape[1], pitch, area, width
-    return rows, (tensor.data_ptr(), rows.data.data_ptr(), *sizes, *tensor.stride())
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _far(tensor: Tensor) -> bool:
-    """Whether an element lies further than 32 bits reach."""
-    return sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**30
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _plain(x: Tensor) -> bool:
@@ -306,8 +289,8 @@ def _size(maps: Tensor) -> tuple[int, int]:
 def _moments(engine: Engine, plan: Plan, tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
     x = tensors[0]
     with torch.cuda.device_of(x):
-        x_rows, h_rows, v_rows = (_rows(each) for each in tensors)
-        sides = _sides(x_rows, h_rows, v_rows)
+        x_rows, h_rows, v_rows = (rows_of(each) for each in tensors)
+        sides = sources(x_rows, h_rows, v_rows)
         table = _schedule(engine, plan, v_rows, 1, False, precision)
         workspace = x.new_empty(table.elements, dtype=torch.float32)
         engine.correlate(sides, sides, workspace, table, precision, None)
@@ -315,6 +298,16 @@ def _moments(engine: Engine, plan: Plan, tensors: Sequence[Tensor], precision: s
         results = [x.new_empty(shape, dtype=torch.float32) for shape in plan.shapes]
         engine.assemble(workspace[None, : table.slots], table, [result[None] for result in results])
         return results
+
+
+def _signed(engine: Engine, plan: Plan, us: list[Rows], left: Rows, draws: Tensor, precision: str) -> Three:
+    """Sum the products under every draw, signs multiplied in as v⊥ is read."""
+    table = _schedule(engine, plan, left, len(draws), False, precision)
+    workspace = draws.new_empty(table.elements)
+    signs = draws if len(draws) > 1 else None
+    engine.correlate(us, sources(left, left, left), workspace, table, precision, signs)
+    engine.reduce(workspace, table)
+    return _residuals(engine, plan, table, workspace[: len(draws) * table.slots].view(len(draws), -1))
 
 
 def _residuals(engine: Engine, plan: Plan, table: Schedule, sums: Tensor) -> Three:
@@ -333,7 +326,10 @@ def _schedule(engine: Engine, plan: Plan, v: Rows, draws: int, per_image: bool, 
     outside = sum(images * c * h * w for c, (h, w) in zip(plan.channels, plan.sizes, strict=True))
     outside += draws * sum(height * width for height, width in plan.shapes)
     most = max(SPLITS_ELEMENTS, outside // 4)
-    return schedule((plan,), (images,), draws, per_image, tiles, _processors(device), most, device)
+    table = schedule((plan,), (images,), draws, per_image, tiles, _processors(device), most, device)
+    if _capturing(device):
+        _captured.append(table)
+    return table
 
 
 @functools.cache
@@ -341,48 +337,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def alignment(*sides: Rows) -> int:
-    """Count the elements of 16 bytes, if every row starts and ends at a multiple of them; otherwise 1."""
-    elements = 16 // min(each.data.itemsize for each in sides)
-    whole = all(
-        each.channels % elements == 0 and each.pitch % elements == 0 and each.data.data_ptr() % 16 == 0
-        for each in sides
-    )
-    return elements if whole else 1
-
-
-def _rows(tensor: Tensor) -> Rows:
-    """Rows of channels: matrices as they lie, maps as they lie if channels_last, otherwise copied once."""
-    if tensor.ndim == 2:
-        matrix = tensor if tensor.stride(1) == 1 or tensor.shape[1] < 2 else tensor.contiguous()
-        return Rows(matrix, matrix.shape[1], matrix.stride(0))
-    images = tensor.permute(0, 2, 3, 1)
-    channels, whole = tensor.shape[1], 16 // tensor.itemsize
-    padding = -channels % whole
-    if padding:
-        images = F.pad(images, (0, padding))
-    elif not images.is_contiguous() or images.data_ptr() % 16:
-        images = images.clone(memory_format=torch.contiguous_format)
-    return Rows(images, channels + padding, channels + padding)
-
-
-def _sides(x: Rows, h: Rows, v: Rows) -> list[Rows]:
-    """List the sources of products, with the ones last."""
-    return [x, h, v, Rows(_ones(x.data.dtype, x.data.device), ONES, ONES)]
-
-
-@functools.cache
-def _ones(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a row of a one, then zeros."""
-    refuse_capture(device)
-    return torch.eye(1, ONES, dtype=dtype)[0].to(device)
-
-
 def _read(
     engine: Engine, x: Tensor, h: Tensor, v: Tensor, update: Tensor, consumer: ConvGeometry, bias: bool, precision: str
 ) -> tuple[list[Rows], Rows]:
     """Read the sides x and h of products, and form v⊥ = v − update·h in float32."""
-    x_rows, h_rows, v_rows = _rows(x), _rows(h), _rows(v)
+    if h.ndim == 4 and (read := read_by(consumer, h, v)) is not h:
+        h, consumer = read, ConvGeometry(1)
+    x_rows, h_rows, v_rows = rows_of(x), rows_of(h), rows_of(v)
     features, taps = h.shape[1] * consumer.taps, consumer.taps
     weight = update.new_zeros(taps, h_rows.channels, len(update), dtype=torch.float32)
     weight[:, : h.shape[1]] = update[:, :features].unflatten(1, (h.shape[1], taps)).permute(2, 1, 0)
@@ -390,7 +351,7 @@ def _read(
     left = v_rows.data.new_zeros(*v_rows.data.shape[:-1], v_rows.channels, dtype=torch.float32)
     out = Rows(left, v_rows.channels, v_rows.channels)
     engine.subtract(h_rows, v_rows, weight, constant, out, consumer, precision)
-    return _sides(x_rows, h_rows, x_rows), out
+    return sources(x_rows, h_rows, x_rows), out
 
 
 def _draws(signs: Tensor | None, x: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ class Plan:
         How it is combined.
     channels : tuple of int
         Of the sources x, h, v and the ones.
-    pixels : tuple of ((int, int), ...)
-        Sizes of their maps.
+    sizes : tuple of (int, int)
+        Of their maps.
     """
 
     channels: tuple[int, ...]
@@ -263,7 +263,7 @@ def conv2d_plan(
 ) -> Plan:
     """Plan xx, xh, xv, hh, hv, vv; without xh for "full"."""
     x, h, v, target, ones, counts, inside = _sides(channels, sizes, producer, consumer, full, x_bias, h_bias)
-    plan = Plan((*channels, 1), (*sizes, (1, 1)))
+    plan = _plan(x, h, v)
     plan.add(x, x, counts)
     if not full:
         plan.add(x, h, inside)
@@ -286,11 +286,16 @@ def residual_plan(
 ) -> Plan:
     """Plan xr, and hr but for "full"; v⊥ takes the place of v."""
     x, h, v, target, ones, _, inside = _sides(channels, sizes, producer, consumer, full, x_bias, h_bias)
-    plan = Plan((*channels, 1), (*sizes, (1, 1)))
+    plan = _plan(x, h, v)
     plan.add(x, target, inside)
     if not full:
         plan.add(h, v, ones)
     return plan
+
+
+def _plan(x: Source, h: Source, v: Source) -> Plan:
+    sides = (x, h, v, Source(ONES, 1, (1, 1)))
+    return Plan(tuple(side.channels for side in sides), tuple(side.size for side in sides))
 
 
 _Weights = tuple[tuple[int, ...], tuple[int, ...]]
@@ -331,7 +336,10 @@ def _sides(
             inside.append(tuple(int(0 <= reads.stride * o + centre < hidden[axis]) for o in range(outputs[axis])))
             counts.append(inside[axis])
     x = Source(X, channels[0], sizes[0], (x_windows[0], x_windows[1]), x_bias)
-    h = Source(H, channels[1], hidden, (h_windows[0], h_windows[1]), h_bias)
+    if outputs == (1, 1):  # one patch in each image: its taps are channels, not hundreds of correlations
+        h = Source(H, channels[1] * consumer.taps, (1, 1), bias=h_bias)
+    else:
+        h = Source(H, channels[1], hidden, (h_windows[0], h_windows[1]), h_bias)
     v = Source(V, channels[2], outputs)
     target = Source(V, channels[2], outputs, (targets[0], targets[1]))
     ones = ((1,) * outputs[0], (1,) * outputs[1])

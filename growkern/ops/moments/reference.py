@@ -93,7 +93,7 @@ def conv2d_moments(
     with matmul_precision(x.device, precision):
         for images in _chunks(len(x), image * dtype.itemsize):
             xs = _producer_patches(x[images], made, read, hidden, outputs, full, x_bias, dtype)
-            hs = _patches(h[images], read, outputs, h_bias, dtype).flatten(1)  # (q, images·Ho·Wo)
+            hs = patches_of(h[images], read, outputs, h_bias, dtype).flatten(1)  # (q, images·Ho·Wo)
             vs = v[images].transpose(0, 1).to(dtype)  # (r, images, Ho, Wo)
             if full:
                 xx.addmm_((xs * reads).flatten(1), xs.flatten(1).T)
@@ -135,7 +135,7 @@ def conv2d_residual(
     with matmul_precision(x.device, precision):
         for images in _chunks(len(x), image * dtype.itemsize):
             xs = _producer_patches(x[images], made, read, hidden, outputs, full, x_bias, dtype)
-            hs = _patches(h[images], read, outputs, h_bias, dtype)  # (q, images, Ho, Wo)
+            hs = patches_of(h[images], read, outputs, h_bias, dtype)  # (q, images, Ho, Wo)
             vs = v[images].transpose(0, 1).to(dtype)  # (r, images, Ho, Wo)
             residual = vs - torch.tensordot(update, hs, 1)
             if full:
@@ -160,7 +160,7 @@ def _producer_patches(
 ) -> Tensor:
     """Patches at the hidden positions, or for each consumer position at the one that its centre tap reads."""
     if full:
-        return _patches(x, producer, hidden, bias, dtype)
+        return patches_of(x, producer, hidden, bias, dtype)
     rows = _reading(consumer, 0, consumer.kernel_size[0] // 2, hidden, outputs)
     columns = _reading(consumer, 1, consumer.kernel_size[1] // 2, hidden, outputs)
     windows = _windows(x, producer, hidden)[..., rows[1], columns[1]]
@@ -169,7 +169,7 @@ def _producer_patches(
     return patches
 
 
-def _patches(maps: Tensor, geometry: ConvGeometry, size: torch.Size, bias: bool, dtype: torch.dtype) -> Tensor:
+def patches_of(maps: Tensor, geometry: ConvGeometry, size: torch.Size, bias: bool, dtype: torch.dtype) -> Tensor:
     """Patches at every output position: (features, images, *size)."""
     windows = _windows(maps, geometry, size)
     patches = maps.new_empty(windows.shape[:3].numel() + bias, len(maps), *size, dtype=dtype)

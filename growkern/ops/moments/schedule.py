@@ -12,7 +12,7 @@ from growkern.ops.moments.plan import ONES, Piece, Plan, Product
 
 FIELDS = 20  # of a product
 REGION_FIELDS = 11
-SHORTEST = 512  # positions that one program should sum at least
+SHORTEST = 256  # positions that one program should sum at least
 SUM_BLOCK = 1024  # elements of one program that adds up splits
 ASSEMBLE_ROWS, ASSEMBLE_COLUMNS = 16, 128  # tile of a program that assembles results
 
@@ -113,7 +113,8 @@ def schedule(
     sizes, positions = extents.prod(1), areas * np.array([images[i] for i, _ in products], np.int64)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     slots = int(offsets[-1])
-    symmetric = np.array([p.u == p.v and _same(p.rows) and _same(p.columns) for _, p in products], bool)
+    square = tiles.block_m == tiles.block_n  # then a symmetric product needs no tiles below the diagonal
+    symmetric = np.array([square and p.u == p.v and _same(p.rows) and _same(p.columns) for _, p in products], bool)
     grid = [_grid(extents[number], symmetric[number], tiles) for number in range(count)]
     if per_image:
         lengths, stride = areas, np.full(count, slots)
@@ -121,6 +122,7 @@ def schedule(
     else:
         work = sum(len(each) * k for each, k in zip(grid, positions, strict=True)) * draws
         length = max(SHORTEST, -(-work // max(1, processors * tiles.programs)))
+        length = min(length, max(SHORTEST, int(positions.max(initial=1))))
         while True:
             length = -(-length // SHORTEST) * SHORTEST
             splits = np.maximum(1, -(-positions // length))
@@ -192,7 +194,7 @@ def _grid(extents: np.ndarray, symmetric: bool, tiles: Tiles) -> np.ndarray:
     """Row and column of every tile; of a symmetric product only those on and above the diagonal."""
     across, down = -(-extents // np.array([tiles.block_m, tiles.block_n]))
     tile = np.stack(np.meshgrid(np.arange(across), np.arange(down), indexing="ij"), -1).reshape(-1, 2)
-    return tile[tile[:, 0] <= tile[:, 1]] if symmetric and tiles.block_m == tiles.block_n else tile
+    return tile[tile[:, 0] <= tile[:, 1]] if symmetric else tile
 
 
 def _walk(product: Product, size: tuple[int, int], side: int) -> tuple[int, int, int, int]:

@@ -26,6 +26,7 @@ def tuned_path() -> Path:
     return Path(platformdirs.user_cache_dir("growkern")) / "tiles.json"
 
 
+@functools.lru_cache(maxsize=1024)
 def choose(gpu: tuple[str, str], kind: str, operands: str, width: int) -> Tiles:
     """Choose the tiles of the nearest width for which there are some.
 
@@ -43,15 +44,20 @@ def choose(gpu: tuple[str, str], kind: str, operands: str, width: int) -> Tiles:
     Returns
     -------
     Tiles
-        Tuned on this machine, else shipped for this GPU, for its kind, or for any.
+        Tuned on this machine for about this width, else shipped for this GPU, for its kind, or for any.
     """
     shipped = _shipped()
-    for entries in (_tuned().get(gpu[0], []), shipped.get(gpu[0], []), shipped.get(gpu[1], [])):
+    near = [entry for entry in _tuned().get(gpu[0], []) if width / 2 <= entry["width"] <= max(16, width * 2)]
+    for entries in (near, shipped.get(gpu[0], []), shipped.get(gpu[1], [])):
         if found := _nearest(entries, kind, operands, width):
             return found
     found = _nearest(shipped["any"], kind, operands, width)
     assert found is not None
     return found
+
+
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return (*entry["kinds"], entry["operands"], entry["width"])
 
 
 def _nearest(entries: Entries, kind: str, operands: str, width: int) -> Tiles | None:
@@ -63,7 +69,7 @@ def _nearest(entries: Entries, kind: str, operands: str, width: int) -> Tiles | 
 
 
 def write_tuned(name: str, entries: Entries) -> Path:
-    """Keep the entries of one GPU in the user's cache, in place of earlier ones.
+    """Keep the entries of one GPU in the user's cache, in place of those for the same kind, operands and width.
 
     Parameters
     ----------
@@ -79,8 +85,10 @@ def write_tuned(name: str, entries: Entries) -> Path:
     """
     path = tuned_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_tuned() | {name: entries}, indent=1) + "\n")
+    kept = {_key(entry): entry for entry in [*_tuned().get(name, []), *entries]}
+    path.write_text(json.dumps(_tuned() | {name: list(kept.values())}, indent=1) + "\n")
     _tuned.cache_clear()
+    choose.cache_clear()
     return path
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from growkern.backend import INTERPRETED
 from growkern.ops.moments.geometry import ConvGeometry
-from growkern.ops.moments.gpu import COPY_FIELDS, PACK_CHANNELS, PACK_PIXELS, Rows, alignment
 from growkern.ops.moments.plan import Plan
+from growkern.ops.moments.rows import COPY_FIELDS, PACK_CHANNELS, PACK_PIXELS, Rows, alignment
 from growkern.ops.moments.schedule import (
     ASSEMBLE_COLUMNS,
     ASSEMBLE_ROWS,
@@ -83,7 +83,7 @@ def _correlate(
         MATRIX=matrix,
         WIDE=wide,
         SIGNED=signed,
-        PRECISION=_precision(precision, half),
+        PRECISION=_precision(precision, half, plan.items.device),
         OPERAND=_operand(*dtypes),
         CHAIN=CHAIN // tiles.block_k if half else 0,
         BLOCK_M=tiles.block_m,
@@ -186,7 +186,7 @@ def subtract(h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer
         consumer.taps,
         ALIGN=align,
         WIDE=_wide(h, v, out),
-        PRECISION=_precision(precision, False),
+        PRECISION=_precision(precision, False, v.data.device),
         BLOCK_M=64,
         BLOCK_N=block,
         BLOCK_K=32,
@@ -209,8 +209,8 @@ def _operand(u: torch.dtype, v: torch.dtype) -> Any:
     return tl.bfloat16 if u == torch.bfloat16 else tl.float16
 
 
-def _precision(precision: str, half: bool) -> str:
-    """Three products of tf32 halves are as good as float32; AMD has no such thing, but matrix units for float32."""
+def _precision(precision: str, half: bool, device: torch.device) -> str:
+    """Three products of tf32 halves are as good as float32. Before Ampere there is no tf32; AMD multiplies float32."""
     if precision == "tf32" or half:
         return "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    return "ieee" if gpu_of(device)[1] in ("hip", "capability 7") else "tf32x3"
