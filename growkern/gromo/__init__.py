@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from growkern.gromo import updates
 from growkern.gromo.statistics import NAMES, Batch, Conv2dBatch, LinearBatch, NotCovered, Shared
@@ -108,7 +109,8 @@ def _replace_all() -> None:
     for kind in (linear, conv2d):
         _replace(kind, "layer_of_tensor", _made_in_dtype_of_module)
     _replace(restricted, "linear_layer_of_tensor", _made_in_dtype_of_module)
-    _replace(growing_module.GrowingModule, "extended_forward", _read_in_dtype_of_module)
+    for kind in (growing_module.GrowingModule, growing_block.GrowingBlock):
+        _replace(kind, "extended_forward", _keeping_half_precision)
     _replace(growing_module, "optimal_delta", _optimal_delta)
     _replace(growing_module, "compute_optimal_added_parameters", _compute_optimal_added_parameters)
 
@@ -193,13 +195,15 @@ def _made_in_dtype_of_module(original: Method) -> Method:
     return method
 
 
-def _read_in_dtype_of_module(original: Method) -> Method:
-    """Wrap extended_forward: gromo's scales are float32 and make float32 of what the next module reads."""
+def _keeping_half_precision(original: Method) -> Method:
+    """Wrap extended_forward: gromo's scales are float32 and make float32 of what half-precision layers read next."""
 
-    def extended_forward(self: Any, x: Tensor, x_ext: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self.weight.dtype in _HALF:
-            x, x_ext = x.to(self.weight.dtype), None if x_ext is None else x_ext.to(self.weight.dtype)
-        return original(self, x, x_ext, *args, **kwargs)
+    def extended_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.dtype not in _HALF:
+            return original(self, x, *args, **kwargs)
+        with torch.autocast(x.device.type, x.dtype):
+            out = original(self, x, *args, **kwargs)
+        return tree_map_only(Tensor, lambda each: each.to(x.dtype), out)
 
     return extended_forward
 

@@ -42,15 +42,15 @@ def delta(s: Tensor, m: Tensor, dtype: torch.dtype, e: Tensor | None) -> tuple[T
     Raises
     ------
     NotCovered
-        If a matrix is not symmetric and positive definite, or gromo would complain.
+        If a matrix is not symmetric and positive definite, or gromo would warn.
     """
     _check(m, dtype, *[each for each in (s, e) if each is not None])
     _need(s.dtype == m.dtype and len(s) == len(m) and (e is None or len(e) == m.shape[1]))
     solved = torch.cholesky_solve(m.double(), _cholesky(s.double())).mT
     if e is not None:
         solved = torch.cholesky_solve(solved, _cholesky(e.double()))
-    decrease = (m.double().mT * solved).sum()
-    _need(bool(torch.isfinite(solved).all()))
+    decrease = torch.trace(solved @ m.double())
+    _need(bool(torch.isfinite(solved).all()) and bool(decrease >= 0))
     return solved.to(s.dtype), decrease.to(s.dtype)
 
 
@@ -105,7 +105,7 @@ def added_parameters(
     Raises
     ------
     NotCovered
-        If a matrix is not symmetric or not finite, or gromo would complain.
+        If a matrix is not symmetric or not finite, or gromo would raise.
     """
     _check(n, n.dtype, *[each for each in (s, e) if each is not None])
     _need((s is None or len(s) == len(n)) and (e is None or len(e) == n.shape[1]))
