@@ -6,6 +6,7 @@ time, and so is never traced into a compiled graph.
 """
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["available", "define", "register", "result_dtype", "use_backend"]
+__all__ = ["available", "define", "has_triton", "register", "result_dtype", "use_backend"]
 
 BACKENDS = ("triton", "cuda", "cpp", "reference")  # "auto" takes the first that an op has for the device
 ACCEPTED = ("auto", *BACKENDS)
-DEVICES = {"triton": ("cuda",), "cuda": ("cuda",), "cpp": ("cpu",)}  # that a backend takes; the reference takes all
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs on the CPU, slowly
+# Devices that a backend takes; the reference takes all.
+DEVICES = {"triton": ("cuda", "cpu") if INTERPRETED else ("cuda",), "cuda": ("cuda",), "cpp": ("cpu",)}
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,17 @@ def available(op: str) -> tuple[str, ...]:
         Backend names; empty where there is no such op.
     """
     return tuple(backend for backend in BACKENDS if backend in _implementations.get(op, {}))
+
+
+def has_triton() -> bool:
+    """Tell whether Triton kernels can run here: Triton is installed, and a GPU is there or its interpreter is on.
+
+    Returns
+    -------
+    bool
+        Whether to register them; nothing of Triton is imported to tell.
+    """
+    return importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
 
 
 @contextmanager

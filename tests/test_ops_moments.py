@@ -313,7 +313,7 @@ def test_cuda_matmuls_run_at_the_precision_asked_for(precision, during):
     try:
         for allowed in (True, False):
             settings.allow_tf32 = allowed
-            with reference._matmul_precision(torch.device("cuda"), precision):
+            with reference.matmul_precision(torch.device("cuda"), precision):
                 assert settings.fp32_precision == during
             assert settings.allow_tf32 is allowed
     finally:

@@ -8,7 +8,7 @@ for float32, bfloat16 and float16 inputs, in float64 for float64, also under aut
 import torch
 from torch import Tensor
 
-from growkern.backend import define
+from growkern.backend import define, has_triton
 from growkern.ops import native
 from growkern.ops.moments import reference  # noqa: F401  (registers its implementations)
 from growkern.ops.moments.checks import (
@@ -21,6 +21,8 @@ from growkern.ops.moments.geometry import ConvGeometry
 
 if native.load("cpu"):
     from growkern.ops.moments import cpp  # noqa: F401
+if has_triton():
+    from growkern.ops.moments import triton  # noqa: F401
 
 __all__ = ["ConvGeometry", "conv2d_moments", "conv2d_residual", "linear_moments", "linear_residual"]
 

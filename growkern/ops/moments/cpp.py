@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from growkern.backend import register, result_dtype
 from growkern.ops.moments.geometry import ConvGeometry
-from growkern.ops.moments.reference import _matmul_precision
+from growkern.ops.moments.reference import matmul_precision
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -51,7 +51,7 @@ def linear_residual(
     dtype = result_dtype(x.dtype)
     update = update.to(dtype)
     weight, bias = (update[:, :-1], update[:, -1]) if h_bias else (update, update.new_zeros(len(update)))
-    with _matmul_precision(x.device, precision):
+    with matmul_precision(x.device, precision):
         residual = torch.addmm(v.to(dtype) - bias, h.to(dtype), weight.T, alpha=-1)
     return native.linear_residual(x, h, residual.to(dtype), _draws(signs, x), x_bias, h_bias)
 

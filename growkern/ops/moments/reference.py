@@ -26,7 +26,7 @@ def linear_moments(x: Tensor, h: Tensor, v: Tensor, x_bias: bool, h_bias: bool, 
     dtype = result_dtype(x.dtype)
     p, q, r = x.shape[1] + x_bias, h.shape[1] + h_bias, v.shape[1]
     xx, xh, xv, hh, hv, vv = _zeros(x, (p, p), (p, q), (p, r), (q, q), (q, r), (r, r))
-    with _matmul_precision(x.device, precision):
+    with matmul_precision(x.device, precision):
         for rows in _chunks(len(x), (p + q + r) * dtype.itemsize):
             xs, hs = _with_ones(x[rows].to(dtype), x_bias), _with_ones(h[rows].to(dtype), h_bias)
             vs = v[rows].to(dtype)
@@ -56,7 +56,7 @@ def linear_residual(
     update, draws = update.to(dtype), _draws(signs, x)
     count = len(draws)
     xr, xr_null, hr_null = _zeros(x, (p, r), (p, count * r), (q, count * r))
-    with _matmul_precision(x.device, precision):
+    with matmul_precision(x.device, precision):
         for rows in _chunks(len(x), (p + q + (count + 1) * r) * dtype.itemsize):
             xs, hs = _with_ones(x[rows].to(dtype), x_bias), _with_ones(h[rows].to(dtype), h_bias)
             residual = v[rows].to(dtype) - hs @ update.T  # (rows, r)
@@ -90,7 +90,7 @@ def conv2d_moments(
     xx, xh, xv, hh, hv, vv = _zeros(x, (p, p), (p, 0 if full else q), (p, targets), (q, q), (q, r), (r, r))
     reads = _at_hidden(v.new_ones(1, 1, *outputs, dtype=dtype), read, hidden).sum(0)  # (1, Hh, Wh)
     image = (2 * p + targets) * positions + (q + r) * outputs.numel()
-    with _matmul_precision(x.device, precision):
+    with matmul_precision(x.device, precision):
         for images in _chunks(len(x), image * dtype.itemsize):
             xs = _producer_patches(x[images], made, read, hidden, outputs, full, x_bias, dtype)
             hs = _patches(h[images], read, outputs, h_bias, dtype).flatten(1)  # (q, images·Ho·Wo)
@@ -132,7 +132,7 @@ def conv2d_residual(
     count, q_null = len(draws), 0 if full else q
     xr, xr_null, hr_null = _zeros(x, (p, targets), (count, p, targets), (count, q_null, r))
     image = (p + targets) * positions + (q + 2 * r) * outputs.numel() + p * targets + q_null * r
-    with _matmul_precision(x.device, precision):
+    with matmul_precision(x.device, precision):
         for images in _chunks(len(x), image * dtype.itemsize):
             xs = _producer_patches(x[images], made, read, hidden, outputs, full, x_bias, dtype)
             hs = _patches(h[images], read, outputs, h_bias, dtype)  # (q, images, Ho, Wo)
@@ -246,7 +246,7 @@ def _chunks(samples: int, sample_bytes: int) -> Iterator[slice]:
 
 
 @contextmanager
-def _matmul_precision(device: torch.device, precision: str) -> Iterator[None]:
+def matmul_precision(device: torch.device, precision: str) -> Iterator[None]:
     """Hold float32 matrix products to `precision`, whatever the process allows; only CUDA knows tf32 here."""
     cuda = device.type == "cuda"
     settings = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

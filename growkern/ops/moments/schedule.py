@@ -1,0 +1,247 @@
+"""A plan laid out for a launch: tables on the device that tell every program its tile and its positions."""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growkern.ops.moments.plan import ONES, Piece, Plan, Product
+
+FIELDS = 20  # of a product
+REGION_FIELDS = 11
+SHORTEST = 512  # positions that one program should sum at least
+SUM_BLOCK = 1024  # elements of one program that adds up splits
+ASSEMBLE_ROWS, ASSEMBLE_COLUMNS = 16, 128  # tile of a program that assembles results
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts products: channels of u and v, positions at a time, and what Triton asks for."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 3
+    programs: int = 8  # to aim for on each multiprocessor
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Tables of one launch.
+
+    Attributes
+    ----------
+    products : Tensor, shape (products, FIELDS)
+        int64: sources, extents, area, columns, positions, positions of a split, where its sums go, how far apart
+        splits are, base and steps by row, column and image of u, of v, number of the draw, whether symmetric.
+    items : Tensor, shape (programs, 4)
+        int32: product, row and column of the tile, split.
+    sums : Tensor, shape (programs, 5)
+        int64: first element of the splits, of their sum, elements, splits, chunk.
+    regions, starts, terms, weights : Tensor
+        How to assemble: see `_assembly`.
+    slots : int
+        Elements of all products of one draw.
+    elements : int
+        Of the workspace: the slots, then the splits.
+    tiles : Tiles
+        What it was cut for.
+    programs : int
+        That assemble.
+    """
+
+    products: Tensor
+    items: Tensor
+    sums: Tensor
+    regions: Tensor
+    starts: Tensor
+    terms: Tensor
+    weights: Tensor
+    slots: int
+    elements: int
+    tiles: Tiles
+    programs: int
+
+
+@functools.lru_cache(maxsize=512)
+def schedule(
+    plan: Plan, images: int, draws: int, per_image: bool, tiles: Tiles, processors: int, most: int, device: torch.device
+) -> Schedule:
+    """Lay a plan out.
+
+    Parameters
+    ----------
+    plan : Plan
+        What to correlate and how to combine it.
+    images : int
+        Number of images, or rows of matrices.
+    draws : int
+        How often to sum every product, each time under another draw of signs.
+    per_image : bool
+        Keep the sums of every image apart, and leave adding them up to the caller.
+    tiles : Tiles
+        How to cut.
+    processors : int
+        Multiprocessors of the device.
+    most : int
+        Elements that splits may take, as far as there are several.
+    device : torch.device
+        Where the tables go.
+
+    Returns
+    -------
+    Schedule
+        The tables.
+    """
+    count = len(plan.products)
+    extents = np.array([plan.extent(number) for number in range(count)], np.int64).reshape(count, 2)
+    areas = np.array([p.rows.length * p.columns.length for p in plan.products], np.int64)
+    sizes, positions = extents.prod(1), areas * images
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    slots = int(offsets[-1])
+    symmetric = np.array([p.u == p.v and _same(p.rows) and _same(p.columns) for p in plan.products], bool)
+    grid = [_grid(extents[number], symmetric[number], tiles) for number in range(count)]
+    if per_image:
+        lengths, stride = areas, np.full(count, slots)
+        splits, targets, elements = np.full(count, images), offsets[:-1], slots * images
+    else:
+        work = sum(len(each) * k for each, k in zip(grid, positions, strict=True)) * draws
+        length = max(SHORTEST, -(-work // max(1, processors * tiles.programs)))
+        while True:
+            length = -(-length // SHORTEST) * SHORTEST
+            splits = np.maximum(1, -(-positions // length))
+            partial = np.where(splits > 1, splits * sizes, 0)
+            if partial.sum() * draws <= most or splits.max(initial=1) == 1:
+                break
+            length *= 2
+        ends = np.cumsum(partial)
+        lengths, stride = np.full(count, length), sizes
+        targets = np.where(splits > 1, slots * draws + ends - partial, offsets[:-1])
+        elements = slots * draws + int(partial.sum()) * draws
+    rows, items, sums = [], [], []
+    spare = int(np.where(splits > 1, splits * sizes, 0).sum())
+    for draw in range(draws):
+        for number, product in enumerate(plan.products):
+            split = not per_image and splits[number] > 1
+            target = int(targets[number]) + draw * (spare if split else slots)
+            rows.append(
+                (
+                    *(product.u, product.v, *extents[number]),
+                    *(
+                        areas[number],
+                        product.columns.length,
+                        positions[number],
+                        lengths[number],
+                        target,
+                        stride[number],
+                    ),
+                    *_walk(product, plan.sizes[product.u], 0),
+                    *_walk(product, plan.sizes[product.v], 1),
+                    *(draw, symmetric[number]),
+                )
+            )
+            table = np.empty((splits[number], len(grid[number]), 4), np.int32)
+            table[..., 0] = draw * count + number
+            table[..., 1:3] = grid[number]
+            table[..., 3] = np.arange(splits[number])[:, None]
+            items.append(table.reshape(-1, 4))
+            if split:
+                chunks = np.arange(-(-sizes[number] // SUM_BLOCK))
+                slot = offsets[number] + draw * slots
+                fixed = np.array([target, slot, sizes[number], splits[number]], np.int64)
+                sums.append(np.column_stack([np.tile(fixed, (len(chunks), 1)), chunks]))
+    tables = _joined(items, 4, np.int32)
+    # Programs that run at the same time should read the same positions; the short ones fill the gaps at the end.
+    small = np.minimum(lengths, positions)[tables[:, 0] % max(1, count)] < lengths.max(initial=1)
+    tables = tables[np.lexsort((tables[:, 3], small))]
+    regions, starts, terms, weights, programs = _assembly(plan, offsets, extents)
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Schedule(
+        products=on_device(np.array(rows, np.int64).reshape(-1, FIELDS)),
+        items=on_device(tables),
+        sums=on_device(_joined(sums, 5, np.int64)),
+        regions=on_device(regions),
+        starts=on_device(starts),
+        terms=on_device(terms),
+        weights=on_device(weights),
+        slots=slots,
+        elements=elements,
+        tiles=tiles,
+        programs=programs,
+    )
+
+
+def _same(piece: Piece) -> bool:
+    return piece.u == piece.v and piece.u_step == piece.v_step
+
+
+def _grid(extents: np.ndarray, symmetric: bool, tiles: Tiles) -> np.ndarray:
+    """Row and column of every tile; of a symmetric product only those on and above the diagonal."""
+    across, down = -(-extents // np.array([tiles.block_m, tiles.block_n]))
+    tile = np.stack(np.meshgrid(np.arange(across), np.arange(down), indexing="ij"), -1).reshape(-1, 2)
+    return tile[tile[:, 0] <= tile[:, 1]] if symmetric and tiles.block_m == tiles.block_n else tile
+
+
+def _walk(product: Product, size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
+    """First pixel of one side of a product, then steps by row, column and image; the ones are one pixel."""
+    if product[side] == ONES:
+        return 0, 0, 0, 0
+    rows, columns, (height, width) = product.rows, product.columns, size
+    return rows[side] * width + columns[side], rows[2 + side] * width, columns[2 + side], height * width
+
+
+def _joined(tables: list[np.ndarray], width: int, dtype: type) -> np.ndarray:
+    return np.concatenate(tables).astype(dtype) if tables else np.empty((0, width), dtype)
+
+
+def _assembly(
+    plan: Plan, offsets: np.ndarray, extents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Tabulate how slots make results.
+
+    Returns
+    -------
+    regions : array, shape (regions, REGION_FIELDS)
+        First program, result, first element in it, its pitch, rows, taps of u, columns, taps of v, first block,
+        most terms of a block, elements of the result.
+    starts : array, shape (blocks + 1,)
+        Block b has the terms starts[b] to starts[b + 1].
+    terms : array, shape (terms, 3)
+        Slot, and the steps by channel of u and of v in it.
+    weights : array, shape (terms,)
+        Of the terms.
+    programs : int
+        How many tiles there are.
+    """
+    regions, terms, weights, starts, first = [], [], [], [0], 0
+    for region in plan.regions:
+        pitch = plan.shapes[region.result][1]
+        height, width = region.u_channels * region.u_taps, region.v_channels * region.v_taps
+        corner = region.first_row * pitch + region.first_column
+        most = max(map(len, region.blocks), default=0)
+        regions.append(
+            (
+                *(first, region.result, corner, pitch, height, region.u_taps, width, region.v_taps),
+                *(len(starts) - 1, most, plan.shapes[region.result][0] * pitch),
+            )
+        )
+        first += -(-height // ASSEMBLE_ROWS) * -(-width // ASSEMBLE_COLUMNS)
+        for block in region.blocks:
+            for term in block:
+                pitches = (int(extents[term.product][1]), 1)
+                terms.append([int(offsets[term.product]), *(pitches[::-1] if term.transposed else pitches)])
+                weights.append(term.weight)
+            starts.append(len(terms))
+    return (
+        np.array(regions, np.int64).reshape(-1, REGION_FIELDS),
+        np.array(starts, np.int32),
+        np.array(terms, np.int64).reshape(-1, 3),
+        np.array(weights, np.float32),
+        first,
+    )
