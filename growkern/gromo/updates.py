@@ -113,8 +113,10 @@ def added_parameters(
     left = _root(s, numerical_threshold)
     right = _root(e, e_threshold)
     target = right.whiten(left.whiten(n.double()).mT).mT
-    _need(bool(torch.isfinite(target).all()))
+    _need(target.numel() > 0 and bool(torch.isfinite(target).all()))
     u, values, v = singular(target)
+    # Where eigenvalues were dropped, gromo has singular values of zero besides.
+    _need(len(values) == min(n.shape) or min(statistical_threshold, float(values[0])) > 0)
     count = _significant(values, statistical_threshold, maximum_added_neurons)
     if n.dtype == torch.float64 or not values[0] or (count and values[count - 1] < _GRAM * values[0]):
         u, values, vh = ops.svd(target)
@@ -135,19 +137,20 @@ def _root(matrix: Tensor | None, threshold: float) -> Root:
     """Factor a matrix; its eigenvalues up to `threshold` have no inverse."""
     if matrix is None:
         return Root(lambda b: b, lambda u: u)
-    matrix = matrix.double()
-    _, info = torch.linalg.cholesky_ex(matrix - threshold * torch.eye(len(matrix), device=matrix.device))
-    if not info:  # no eigenvalue is that small
-        lower = _cholesky(matrix)
+    alive = (matrix.diagonal() > 0).double()[:, None]  # (p, 1); the rows of a dead unit are zero
+    filled = matrix.double() + torch.diag((1 + abs(threshold)) * (1 - alive[:, 0]))
+    _, info = torch.linalg.cholesky_ex(filled - threshold * torch.eye(len(matrix), device=matrix.device))
+    if not info:  # no other eigenvalue is that small
+        lower = _cholesky(filled)
         return Root(
-            lambda b: torch.linalg.solve_triangular(lower, b, upper=False),
-            lambda u: torch.linalg.solve_triangular(lower.mT, u, upper=True),
+            lambda b: torch.linalg.solve_triangular(lower, b * alive, upper=False),
+            lambda u: torch.linalg.solve_triangular(lower.mT, u, upper=True) * alive,
         )
-    w, q = ops.eigh(matrix)
+    w, q = ops.eigh(matrix)  # in the precision of gromo, so that about the same eigenvalues are kept
     _need(not bool(w.isnan().any()))
     kept = w > threshold
-    inverse = q[:, kept] / w[kept].sqrt() @ q[:, kept].mT
-    return Root(inverse.__matmul__, inverse.__matmul__)
+    inverse = (q[:, kept] / w[kept].sqrt()).double()  # (p, rank)
+    return Root(lambda b: inverse.mT @ b, lambda u: inverse @ u)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
