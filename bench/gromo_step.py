@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,53 +59,65 @@ def mlp() -> nn.Module:
     return GrowingMLP(784, CLASSES, hidden_size=256, number_hidden_layers=4, activation=nn.ReLU())
 
 
-def resnet(kind: type) -> nn.Module:
-    """ResNet-18 for small images with a quarter of the inner width."""
-    model = init_full_resnet_structure(
-        (3, 32, 32), out_features=CLASSES, reduction_factor=0.25, growing_conv_type=kind, number_of_blocks_per_stage=2
-    )
+def resnet(kind: type, stages: int) -> nn.Module:
+    """The first stages of ResNet-18 for small images, with a quarter of the inner width."""
+    options = {"out_features": CLASSES, "reduction_factor": 0.25, "number_of_blocks_per_stage": 2, "nb_stages": stages}
+    model = init_full_resnet_structure((3, 32, 32), growing_conv_type=kind, **options)
     model.set_growing_layers(scheduling_method="all")
     return model
 
 
 def vgg() -> nn.Module:
-    """VGG-13 with half of its width."""
-    target = [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
+    """The first three stages of VGG-13, with half of the width."""
+    target = [64, 64, "M", 128, 128, "M", 256, 256, "M"]
     cfg = [each if each == "M" else each // 2 for each in target]
-    options: dict[str, Any] = {"num_classes": CLASSES, "number_of_fc_layers": 2, "fc_layer_width": 256, "dropout": 0.0}
-    return VGG(cfg, target, initial_fc_layer_width=128, input_spatial_shape=(32, 32), activation=nn.ReLU(), **options)
+    options: dict[str, Any] = {"num_classes": CLASSES, "number_of_fc_layers": 1, "activation": nn.ReLU()}
+    return VGG(cfg, target, input_spatial_shape=(32, 32), **options)
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "MLP 784-256-256-256-256-10, batch 256": (mlp, (256, 784)),
-    "ResNet-18 at 1/4 inner width, Restricted, batch 64 of 32²": (
-        lambda: resnet(RestrictedConv2dGrowingModule),
-        (64, 3, 32, 32),
+@dataclass
+class Case:
+    """A container, the shape and number of its batches, and what growkern is to measure beside it."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batches: int
+    kernel: str | None = None
+
+
+CASES = {
+    "MLP 784-256-256-256-256-10": Case(mlp, (1024, 784), 2),
+    "ResNet-18, 1/4 inner width, Restricted": Case(
+        lambda: resnet(RestrictedConv2dGrowingModule, 4), (64, 3, 32, 32), 8, "center"
     ),
-    "ResNet-18 at 1/4 inner width, Full, batch 16 of 32²": (lambda: resnet(FullConv2dGrowingModule), (16, 3, 32, 32)),
-    "VGG-13 at 1/2 width, Restricted, batch 64 of 32²": (vgg, (64, 3, 32, 32)),
+    "ResNet-18 to its second stage, 1/4 inner width, Full": Case(
+        lambda: resnet(FullConv2dGrowingModule, 2), (16, 3, 32, 32), 2, "full"
+    ),
+    "VGG-13 to its third stage, 1/2 width, Restricted": Case(vgg, (64, 3, 32, 32), 2),
 }
-WAYS: dict[str, Callable[[], Any]] = {"gromo": nullcontext, "accelerated": accelerate}
+Batches = list[tuple[Tensor, Tensor]]
 
 
-def build(case: str) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-    """Model in evaluation mode, as growkern measures, and two batches."""
+def build(case: Case) -> tuple[Any, Batches]:
+    """Model in evaluation mode, as growkern measures, whose norms know their statistics, and batches."""
     torch.manual_seed(0)
-    make, shape = CASES[case]
-    model = make().eval()
-    with torch.no_grad():  # channels of unlike scale and norms with something to undo, as after some training
-        for parameter in model.parameters():
-            parameter += 0.1 * parameter.std().nan_to_num() * torch.randn_like(parameter)
-    return model, [(torch.randn(shape), torch.randint(CLASSES, shape[:1])) for _ in range(2)]
+    model = case.make()
+    batches = [(torch.randn(case.shape), torch.randint(CLASSES, case.shape[:1])) for _ in range(case.batches)]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(batches[0][0])
+    return model.eval(), batches
 
 
-def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+def train(model: nn.Module, batches: Batches) -> None:
     for x, y in batches:
         F.cross_entropy(model(x), y).backward()
     model.zero_grad()
 
 
-def gromo_step(model: Any, batches: list[tuple[Tensor, Tensor]]) -> float:
+def gromo_step(model: Any, batches: Batches) -> float:
     """One growth step; the seconds that statistics and updates took of it."""
     took = 0.0
     model.init_computation()
@@ -123,31 +136,15 @@ def layers(model: Any) -> list[Any]:
     return [getattr(layer, "second_layer", layer) for layer in model._growing_layers]
 
 
-def clear(model: Any) -> None:
-    model.reset_computation()
-    for layer in model._growing_layers:
-        layer.delete_update()
-
-
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def check_step(model: Any, batches: list[tuple[Tensor, Tensor]], way: Callable[[], Any]) -> float:
-    """Same statistics and improvements; the largest relative difference of a statistic."""
-    found = []
-    for each in (nullcontext, way):
-        with each():
-            gromo_step(model, batches)
-        named = {(i, n): getattr(m, n)() for i, m in enumerate(layers(model)) for n in STATISTICS}
-        found.append((named, [float(layer.first_order_improvement) for layer in layers(model)]))
-        clear(model)
-    (named, improvements), (others, other_improvements) = found
-    worst = max(error(others[key], tensor) for key, tensor in named.items())
-    assert worst < 1e-5, worst
-    for one, other in zip(improvements, other_improvements, strict=True):
-        assert abs(one - other) < 0.02 * abs(one), (improvements, other_improvements)
-    return worst
+def results(model: Any) -> tuple[dict[tuple[int, str], Tensor], list[float], list[Tensor]]:
+    """Statistics, improvements and singular values that a step left in the model."""
+    named = {(i, name): getattr(module, name)() for i, module in enumerate(layers(model)) for name in STATISTICS}
+    improvements = [float(module.first_order_improvement) for module in layers(model)]
+    return named, improvements, [module.eigenvalues_extension for module in layers(model)]
 
 
 # The same network in growkern --------------------------------------------------------------------------------
@@ -182,29 +179,13 @@ def plain_resnet(model: Any) -> nn.Module:
     return nn.Sequential(copy.deepcopy(model.pre_net), *blocks, copy.deepcopy(model.post_net)).eval()
 
 
-def growkern_step(plain: nn.Module, sites: list[Any], batches: list[Any], kernel: str) -> dict[str, gk.NewNeurons]:
+def growkern_step(plain: nn.Module, sites: list[Any], batches: Batches, kernel: str) -> dict[str, gk.NewNeurons]:
     moments = gk.collect(plain, sites, batches, F.cross_entropy, kernel=kernel, null_draws=0)
     return gk.solve(moments, neurons=NEURONS)
 
 
 def inner_sites(plain: nn.Module, x: Tensor) -> list[Any]:
     return [site for site in gk.find_sites(plain, x) if site.producer.endswith("first")]
-
-
-def check_growkern(model: Any, plain: nn.Module, batches: list[Any], kernel: str) -> None:
-    """Same function, and for "center", which measures what gromo does, the same singular values up to their unit."""
-    x = batches[0][0]
-    with torch.no_grad():
-        assert torch.allclose(model(x), plain(x), rtol=1e-4, atol=1e-5)
-    sites = inner_sites(plain, x)
-    assert len(sites) == len(model._growing_layers)
-    gromo_step(model, batches)
-    if kernel == "center":
-        found = growkern_step(plain, sites, batches, kernel)
-        for site, layer in zip(sites, layers(model), strict=True):
-            own, theirs = found[site.name].singular_values[:4] / len(x), layer.eigenvalues_extension[:4]
-            assert error(own, theirs) < 0.02, (site.name, own, theirs)
-    clear(model)
 
 
 # Measuring --------------------------------------------------------------------------------------------------
@@ -237,80 +218,101 @@ def peak(result: list[int]) -> Iterator[None]:
     result.append(status("VmHWM") - before)
 
 
-def measure_memory(case: str, way: str) -> int:
-    """In this process: the extra peak of one step, or of two training steps."""
+def measure_memory(case: Case, way: str) -> int:
+    """In this process: the extra peak of one step, or of the passes alone."""
     model, batches = build(case)
     result: list[int] = []
-    if way in ("full", "center"):
+    if way == "growkern":
+        assert case.kernel is not None
         plain = plain_resnet(model)
         sites = inner_sites(plain, batches[0][0])
-        train(plain, batches)
+        train(plain, batches[:1])
         del model
         with peak(result):
-            growkern_step(plain, sites, batches, way)
+            growkern_step(plain, sites, batches, case.kernel)
     else:
-        train(model, batches)
-        with WAYS.get(way, nullcontext)(), peak(result):
-            (train if way == "training" else gromo_step)(model, batches)
+        train(model, batches[:1])
+        with accelerate() if way == "accelerated" else nullcontext(), peak(result):
+            (train if way == "passes" else gromo_step)(model, batches)
     return result[0]
 
 
-def memory(case: str, way: str) -> float:
+def memory(name: str, way: str) -> float:
     """MiB in a process of its own."""
-    command = [sys.executable, __file__, "--memory", case, way]
+    command = [sys.executable, __file__, "--memory", name, way]
     ran = subprocess.run(command, capture_output=True, check=True, text=True)
     return int(ran.stdout.splitlines()[-1]) / 2**20
 
 
-def container(case: str, repeats: int) -> Record:
-    """Statistics and updates of gromo's container, with and without."""
+def growth_step(name: str, repeats: int) -> Record:
+    """A growth step of gromo's container as it is and accelerated, and of the same network in growkern."""
+    case = CASES[name]
     model, batches = build(case)
-    worst = check_step(model, batches, accelerate)
+    found: dict[str, Any] = {}
+    parts: dict[str, list[float]] = {"gromo": [], "accelerated": []}
 
-    def run(way: str) -> float:
-        with WAYS[way]():
-            took = gromo_step(model, batches)
-        clear(model)
+    def gromo(way: str) -> float:
+        start = time.perf_counter()
+        with accelerate() if way == "accelerated" else nullcontext():
+            parts[way].append(gromo_step(model, batches))
+        took = time.perf_counter() - start
+        found[way] = results(model)
+        model.reset_computation()
+        for layer in model._growing_layers:
+            layer.delete_update()
         return took
 
-    took = in_turns({way: lambda way=way: run(way) for way in WAYS}, repeats)
-    extra = {way: memory(case, way) for way in ("training", *WAYS)}
-    return {
-        "case": case,
-        "what": "statistics and updates of one growth step on two batches, accelerate() beside gromo",
-        "gromo ms": round(took["gromo"] * 1e3, 1),
-        "accelerated ms": round(took["accelerated"] * 1e3, 1),
-        "ratio": round(took["gromo"] / took["accelerated"], 2),
-        "largest relative difference of a statistic": worst,
+    ways = {way: lambda way=way: gromo(way) for way in parts}
+    if case.kernel is not None:
+        plain = plain_resnet(model)
+        sites = inner_sites(plain, batches[0][0])
+        assert len(sites) == len(model._growing_layers)
+
+        def growkern() -> float:
+            start = time.perf_counter()
+            found["growkern"] = growkern_step(plain, sites, batches, case.kernel)
+            return time.perf_counter() - start
+
+        ways["growkern"] = growkern
+        with torch.no_grad():
+            assert torch.allclose(model(batches[0][0]), plain(batches[0][0]), rtol=1e-4, atol=1e-4)
+    whole = in_turns(ways, repeats)
+    part = {way: statistics.median(values) for way, values in parts.items()}
+    extra = {way: memory(name, way) for way in ("passes", *ways)}
+    record = {
+        "case": name,
+        "what": "growth step of all layers, 8 neurons each",
+        "batches": f"{case.batches} of {'×'.join(map(str, case.shape))}",
+        "runs": repeats,
+        "whole step ms": {way: round(took * 1e3, 1) for way, took in whole.items()},
+        "statistics and updates ms": {way: round(took * 1e3, 1) for way, took in part.items()},
+        "statistics and updates, gromo over accelerated": round(part["gromo"] / part["accelerated"], 2),
+        "whole step, gromo over accelerated": round(whole["gromo"] / whole["accelerated"], 2),
         "extra peak MiB": {way: round(mib) for way, mib in extra.items()},
     }
+    record |= checked(found, batches[0][0].shape[0], sites if case.kernel == "center" else [])
+    if case.kernel is not None:
+        record["kernel"] = case.kernel
+        record["whole step, gromo over growkern"] = round(whole["gromo"] / whole["growkern"], 2)
+        record["extra peak, gromo over growkern"] = round(extra["gromo"] / extra["growkern"], 2)
+    return record
 
 
-def growkern_beside_gromo(case: str, kernel: str, repeats: int) -> Record:
-    """A whole growth step, forward and backward passes included, in growkern and in gromo."""
-    model, batches = build(case)
-    plain = plain_resnet(model)
-    check_growkern(model, plain, batches, kernel)
-    sites = inner_sites(plain, batches[0][0])
-
-    def gromo() -> None:
-        gromo_step(model, batches)
-        clear(model)
-
-    runs = {"gromo": gromo, "growkern": lambda: growkern_step(plain, sites, batches, kernel)}
-    took = in_turns({name: lambda run=run: timed(run) for name, run in runs.items()}, repeats)
-    extra = {
-        name: memory(case, way) for name, way in (("training", "training"), ("gromo", "gromo"), ("growkern", kernel))
-    }
-    return {
-        "case": f"{case}, collect + solve with kernel={kernel!r}",
-        "what": "whole growth step on two batches, passes included, growkern beside gromo",
-        "gromo ms": round(took["gromo"] * 1e3, 1),
-        "growkern ms": round(took["growkern"] * 1e3, 1),
-        "ratio": round(took["gromo"] / took["growkern"], 2),
-        "extra peak MiB": {name: round(mib) for name, mib in extra.items()},
-        "memory ratio": round(extra["gromo"] / extra["growkern"], 2),
-    }
+def checked(found: dict[str, Any], batch: int, sites: list[Any]) -> Record:
+    """Hold what was found against each other; "center" measures what gromo's Restricted does."""
+    (named, improvements, values), (other_named, other_improvements, _) = found["gromo"], found["accelerated"]
+    worst = max(error(other_named[key], tensor) for key, tensor in named.items())
+    assert worst < 1e-5, worst
+    apart = [abs(one - two) / one for one, two in zip(improvements, other_improvements, strict=True)]
+    assert max(apart) < 0.01, apart
+    record: Record = {"largest relative difference": {"statistics": worst, "improvements": max(apart)}}
+    if sites:
+        own = [found["growkern"][site.name].singular_values[:NEURONS] / batch for site in sites]
+        # growkern's loss is a sum of per-sample losses, gromo's their mean.
+        differences = [error(mine, theirs) for mine, theirs in zip(own, values, strict=True)]
+        assert max(differences) < 0.01, differences
+        record["largest relative difference"]["singular values, growkern"] = max(differences)
+    return record
 
 
 def statistics_beside_op(kind: type, channels: int, side: int, batch: int, repeats: int) -> Record:
@@ -367,13 +369,10 @@ def main() -> None:
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     if chosen.memory:
-        print(measure_memory(*chosen.memory))
+        print(measure_memory(CASES[chosen.memory[0]], chosen.memory[1]))
         return
     n = chosen.repeats
-    restricted, full = (each for each in CASES if "ResNet" in each)
-    jobs: dict[str, Callable[[], Record]] = {f"step {case}": lambda c=case: container(c, n) for case in CASES}
-    jobs[f"growkern center {restricted}"] = lambda: growkern_beside_gromo(restricted, "center", n)
-    jobs[f"growkern full {full}"] = lambda: growkern_beside_gromo(full, "full", n)
+    jobs: dict[str, Callable[[], Record]] = {name: lambda name=name: growth_step(name, n) for name in CASES}
     for kind, sizes in (
         (RestrictedConv2dGrowingModule, ((64, 32, 128), (128, 16, 128), (256, 8, 128))),
         (FullConv2dGrowingModule, ((64, 32, 16), (128, 16, 64), (256, 8, 128))),
@@ -382,11 +381,11 @@ def main() -> None:
             jobs[f"op {kind.__name__} {channels}"] = lambda k=kind, c=channels, s=side, b=batch: statistics_beside_op(
                 k, c, s, b, n
             )
-    results = []
+    records = []
     for name, job in jobs.items():
         if chosen.only in name:
-            results.append(job())
-            print(json.dumps(results[-1], ensure_ascii=False), flush=True)
+            records.append(job())
+            print(json.dumps(records[-1], ensure_ascii=False), flush=True)
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     hardware = {
         "processor": processor[1] if processor else platform.processor(),
@@ -399,7 +398,7 @@ def main() -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"\W+", "-", hardware["processor"]).strip("-").lower()
         path = RESULTS / f"{stem}-{hardware['threads']}-threads.json"
-        record = {"hardware": hardware, "command": "python bench/gromo_step.py", "results": results}
+        record = {"hardware": hardware, "command": "python bench/gromo_step.py", "results": records}
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
