@@ -57,6 +57,7 @@ GEOMETRIES = {  # producer, consumer
     "1×1": ({"kernel_size": 1}, {"kernel_size": 1}),
     "even, not square": ({"kernel_size": (1, 4), "padding": (0, 2)}, {"kernel_size": (2, 3), "padding": (1, 1)}),
     "more zeros than the kernel": ({"kernel_size": 3, "padding": 3}, {"kernel_size": 3, "padding": 2}),
+    "one hidden position": ({"kernel_size": (8, 7)}, SAME),
     "5×5": (SAME, {"kernel_size": 5, "padding": 2}),
 }
 

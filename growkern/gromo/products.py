@@ -104,15 +104,16 @@ def _from_shifts(
         # Tap t of `shifted` joins a position with the pixel reach − dilation·t further on.
         return sums.unflatten(1, (h.shape[1], *shifted.kernel_size)).permute(2, 3, 0, 1).flip(0, 1)
 
+    p = x.shape[1] * producer.taps + bias
     sums = []
     for ay, ax in product(range(kh), range(kw)):
-        total = torch.zeros((), device=x.device)
+        total = torch.zeros(kh, kw, p, h.shape[1], dtype=result_dtype(x.dtype), device=x.device)
         row_terms = _signed(_joined(consumer, 0, ay, hidden[0], outputs[0]), hidden[0])
         column_terms = _signed(_joined(consumer, 1, ax, hidden[1], outputs[1]), hidden[1])
         for (rows, row_sign), (columns, column_sign) in product(row_terms, column_terms):
             shifts = over(rows, columns)[kh - 1 - ay : 2 * kh - 1 - ay, kw - 1 - ax : 2 * kw - 1 - ax]
-            total = total + row_sign * column_sign * shifts
-        sums.append(total.expand(kh, kw, -1, -1).permute(2, 3, 0, 1).flatten(1))
+            total.add_(shifts, alpha=row_sign * column_sign)
+        sums.append(total.permute(2, 3, 0, 1).flatten(1))
     return torch.stack(sums)
 
 

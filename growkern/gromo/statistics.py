@@ -17,7 +17,7 @@ from growkern import ops
 from growkern.gromo.products import cross_covariance, patch_products
 from growkern.ops import ConvGeometry
 
-__all__ = ["NAMES", "Batch", "Conv2dBatch", "LinearBatch", "NotCovered", "Shared"]
+__all__ = ["NAMES", "Batch", "Conv2dBatch", "LinearBatch", "NotCovered", "Shared", "need"]
 
 # gromo's methods, and those of a batch that stand for them.
 NAMES = {
@@ -37,14 +37,26 @@ class NotCovered(Exception):
     """A batch that is left to gromo's own code."""
 
 
-def _need(condition: bool) -> None:
+def need(condition: bool) -> None:
+    """Raise NotCovered unless a condition holds.
+
+    Parameters
+    ----------
+    condition : bool
+        What growkern's ops take for granted.
+
+    Raises
+    ------
+    NotCovered
+        If it does not hold.
+    """
     if not condition:
         raise NotCovered
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Bring floating-point tensors of one device to one dtype."""
-    _need(all(t.dtype in _FLOATS and t.device == tensors[0].device for t in tensors))
+    need(all(t.dtype in _FLOATS and t.device == tensors[0].device for t in tensors))
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return tuple(t.to(dtype) for t in tensors)
 
@@ -67,7 +79,7 @@ class Batch:
     def previous(self) -> Any:
         """The producer."""
         previous = self.module.previous_module
-        _need(isinstance(previous, self.kind))
+        need(isinstance(previous, self.kind))
         return previous
 
     def input_of(self, module: Any) -> Tensor:
@@ -76,7 +88,7 @@ class Batch:
             stored = module.input
         except (AssertionError, ValueError, AttributeError):
             raise NotCovered from None
-        _need(isinstance(stored, Tensor))
+        need(isinstance(stored, Tensor))
         return stored
 
     def gradient(self, desired: Tensor | None) -> Tensor:
@@ -86,8 +98,8 @@ class Batch:
                 desired = self.module.pre_activity.grad
             except (AssertionError, ValueError, AttributeError):
                 raise NotCovered from None
-        _need(isinstance(desired, Tensor))
-        assert desired is not None
+        if not isinstance(desired, Tensor):
+            raise NotCovered
         return desired
 
     def joint(self) -> dict[tuple[int, str], tuple[Tensor, int]]:
@@ -122,7 +134,7 @@ class LinearBatch(Batch):
         """Σ x hᵀ."""
         x, stored = self.input_of(self.previous), self.input_of(self.module)
         x, h = _alike(_rows(x), _rows(stored))
-        _need(len(x) == len(h))
+        need(len(x) == len(h))
         biases = {"x_bias": self.previous.use_bias, "h_bias": self.module.use_bias}
         return ops.linear_moments(x, h, x[:, :0], **biases)[1], len(stored)
 
@@ -133,7 +145,7 @@ class LinearBatch(Batch):
         h, v = _rows(stored), _rows(gradient)
         x = h[:, :0] if previous is None else _rows(self.input_of(self.previous))
         x, h, v = _alike(x, h, v)
-        _need(len(x) == len(h) == len(v))
+        need(len(x) == len(h) == len(v))
         x_bias = previous is not None and previous.use_bias
         xx, xh, xv, hh, hv, vv = ops.linear_moments(x, h, v, x_bias=x_bias, h_bias=module.use_bias)
         n = len(stored)
@@ -164,16 +176,14 @@ class Conv2dBatch(Batch):
         (h,) = _alike(self._maps(self.input_of(self.module)))
         consumer = _geometry(self.module)
         v = h.new_empty(len(h), 0, *_output_size(consumer, h))
-        bias = self.module.use_bias
-        return ops.conv2d_moments(h[:, :0], h, v, producer=_ONE, consumer=consumer, kernel="center", h_bias=bias)[
-            3
-        ], len(h)
+        options: dict[str, Any] = {"kernel": "center", "h_bias": self.module.use_bias}
+        return ops.conv2d_moments(h[:, :0], h, v, producer=_ONE, consumer=consumer, **options)[3], len(h)
 
     def m(self, desired_activation: Tensor | None = None) -> tuple[Tensor, int]:
         """Σ h vᵀ."""
         h, v = _alike(self._maps(self.input_of(self.module)), self._maps(self.gradient(desired_activation)))
         geometry = _geometry(self.module)
-        _need(len(h) == len(v) and v.shape[2:] == _output_size(geometry, h))
+        need(len(h) == len(v) and v.shape[2:] == _output_size(geometry, h))
         return patch_products(h, v, geometry, _ONE, "center", v.shape[2:], self.module.use_bias), len(h)
 
     def e(self) -> tuple[Tensor, int]:
@@ -187,14 +197,14 @@ class Conv2dBatch(Batch):
         x, v = _alike(self._producer_input(), self._maps(self.gradient(desired_activation)))
         producer, consumer = _geometry(self.previous), _geometry(self.module)
         hidden = self._hidden(x)
-        _need(len(x) == len(v) and v.shape[2:] == _output_size(consumer, hidden))
+        need(len(x) == len(v) and v.shape[2:] == _output_size(consumer, hidden))
         return patch_products(x, v, producer, consumer, self.kernel, hidden, self.previous.use_bias), len(v)
 
     def p(self) -> tuple[Tensor, int]:
         """Σ x hᵀ at the kernel's centre, or at each of its taps."""
         x, h = _alike(self._producer_input(), self._maps(self.input_of(self.module)))
         producer, consumer = _geometry(self.previous), _geometry(self.module)
-        _need(len(x) == len(h) and h.shape[2:] == self._hidden(x))
+        need(len(x) == len(h) and h.shape[2:] == self._hidden(x))
         x_bias, h_bias = self.previous.use_bias, self.module.use_bias
         if self.kernel == "full":
             return cross_covariance(x, h, producer, consumer, x_bias, h_bias), len(h)
@@ -221,10 +231,10 @@ class Conv2dBatch(Batch):
         else:
             x, producer, x_bias = self._producer_input(), _geometry(self.previous), previous.use_bias
             h = self._maps(self.input_of(module)) if own else x.new_empty(len(x), 0, *self._hidden(x))
-            _need(h.shape[2:] == self._hidden(x))
+            need(h.shape[2:] == self._hidden(x))
         x, h, v = _alike(x, h, v)
         consumer, n = _geometry(module), len(v)
-        _need(len(x) == len(h) == n and v.shape[2:] == _output_size(consumer, h))
+        need(len(x) == len(h) == n and v.shape[2:] == _output_size(consumer, h))
         options: dict[str, Any] = {"kernel": self.kernel, "x_bias": x_bias, "h_bias": own and module.use_bias}
         xx, xh, xv, hh, hv, vv = ops.conv2d_moments(x, h, v, producer=producer, consumer=consumer, **options)
         found = {"e": vv, "m_prev": xv}
@@ -240,7 +250,7 @@ class Conv2dBatch(Batch):
         return named
 
     def _maps(self, maps: Tensor) -> Tensor:
-        _need(maps.ndim == 4)
+        need(maps.ndim == 4)
         return maps
 
     def _producer_input(self) -> Tensor:
@@ -254,19 +264,19 @@ class Conv2dBatch(Batch):
             size = self.module.input_size if full else self.module.update_input_size(compute_from_previous=True)
         except ValueError:
             raise NotCovered from None
-        _need(size is not None and tuple(size) == tuple(hidden))
+        need(size is not None and tuple(size) == tuple(hidden))
         return hidden
 
 
 def _rows(values: Tensor) -> Tensor:
-    _need(values.ndim > 1)
+    need(values.ndim > 1)
     return values.flatten(0, -2)
 
 
 def _row_products(left: Tensor, right: Tensor, bias: bool) -> Tensor:
     """Σ left rightᵀ over the rows, left with a last one if `bias`."""
     left, right = _alike(_rows(left), _rows(right))
-    _need(len(left) == len(right))
+    need(len(left) == len(right))
     none = torch.zeros(right.shape[1], 0, device=right.device)
     return ops.linear_residual(left, left[:, :0], right, none, x_bias=bias)[0]
 
@@ -281,7 +291,7 @@ def _geometry(module: Any) -> ConvGeometry:
 def _output_size(geometry: ConvGeometry, maps: Tensor | torch.Size) -> torch.Size:
     height, width = maps[-2:] if isinstance(maps, torch.Size) else maps.shape[-2:]
     size = geometry.output_size(height, width)
-    _need(min(size) > 0)
+    need(min(size) > 0)
     return torch.Size(size)
 
 

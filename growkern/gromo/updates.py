@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from growkern import ops
-from growkern.gromo.statistics import NotCovered
+from growkern.gromo.statistics import need
 from growkern.whitening import singular
 
 __all__ = ["added_parameters", "delta"]
@@ -45,12 +45,12 @@ def delta(s: Tensor, m: Tensor, dtype: torch.dtype, e: Tensor | None) -> tuple[T
         If a matrix is not symmetric and positive definite, or gromo would warn.
     """
     _check(m, dtype, *[each for each in (s, e) if each is not None])
-    _need(s.dtype == m.dtype and len(s) == len(m) and (e is None or len(e) == m.shape[1]))
+    need(s.dtype == m.dtype and len(s) == len(m) and (e is None or len(e) == m.shape[1]))
     solved = torch.cholesky_solve(m.double(), _cholesky(s.double())).mT
     if e is not None:
         solved = torch.cholesky_solve(solved, _cholesky(e.double()))
     decrease = torch.trace(solved @ m.double())
-    _need(bool(torch.isfinite(solved).all()) and bool(decrease >= 0))
+    need(bool(torch.isfinite(solved).all()) and bool(decrease >= 0))
     return solved.to(s.dtype), decrease.to(s.dtype)
 
 
@@ -108,19 +108,19 @@ def added_parameters(
         If a matrix is not symmetric or not finite, or gromo would raise.
     """
     _check(n, n.dtype, *[each for each in (s, e) if each is not None])
-    _need((s is None or len(s) == len(n)) and (e is None or len(e) == n.shape[1]))
-    _need(n.numel() > 0 and (maximum_added_neurons is None or maximum_added_neurons >= 0))
+    need((s is None or len(s) == len(n)) and (e is None or len(e) == n.shape[1]))
+    need(n.numel() > 0 and (maximum_added_neurons is None or maximum_added_neurons >= 0))
     left = _root(s, numerical_threshold)
     right = _root(e, e_threshold)
     target = right.whiten(left.whiten(n.double()).mT).mT
-    _need(target.numel() > 0 and bool(torch.isfinite(target).all()))
+    need(target.numel() > 0 and bool(torch.isfinite(target).all()))
     u, values, v = singular(target)
     # Where eigenvalues were dropped, gromo has singular values of zero besides.
-    _need(len(values) == min(n.shape) or min(statistical_threshold, float(values[0])) > 0)
+    need(len(values) == min(n.shape) or min(statistical_threshold, float(values[0])) > 0)
     count = _significant(values, statistical_threshold, maximum_added_neurons)
     if n.dtype == torch.float64 or not values[0] or (count and values[count - 1] < _GRAM * values[0]):
         u, values, vh = ops.svd(target)
-        _need(not bool(values.isnan().any()))
+        need(not bool(values.isnan().any()))
         v, count = vh.mT, _significant(values, statistical_threshold, maximum_added_neurons)
     u, values, v = u[:, :count], values[:count], v[:, :count]
     scale = torch.ones_like(values) if ignore_singular_values else values.sqrt()
@@ -147,7 +147,7 @@ def _root(matrix: Tensor | None, threshold: float) -> Root:
             lambda u: torch.linalg.solve_triangular(lower.mT, u, upper=True) * alive,
         )
     w, q = ops.eigh(matrix)  # in the precision of gromo, so that about the same eigenvalues are kept
-    _need(not bool(w.isnan().any()))
+    need(not bool(w.isnan().any()))
     kept = w > threshold
     inverse = (q[:, kept] / w[kept].sqrt()).double()  # (p, rank)
     return Root(lambda b: inverse.mT @ b, lambda u: inverse @ u)
@@ -155,19 +155,14 @@ def _root(matrix: Tensor | None, threshold: float) -> Root:
 
 def _cholesky(matrix: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(matrix)
-    _need(not info)
+    need(not info)
     return lower
 
 
 def _check(other: Tensor, dtype: torch.dtype, *symmetric: Tensor) -> None:
     """Leave to gromo what it refuses, warns about or differentiates through."""
     tensors = (other, *symmetric)
-    _need(dtype in _DTYPES and all(each.dtype in _DTYPES and each.device == other.device for each in tensors))
-    _need(not any(each.requires_grad for each in tensors) and other.ndim == 2)
+    need(dtype in _DTYPES and all(each.dtype in _DTYPES and each.device == other.device for each in tensors))
+    need(not any(each.requires_grad for each in tensors) and other.ndim == 2)
     for each in symmetric:
-        _need(each.ndim == 2 and each.shape[0] == each.shape[1] and torch.allclose(each, each.mT))
-
-
-def _need(condition: bool) -> None:
-    if not condition:
-        raise NotCovered
+        need(each.ndim == 2 and each.shape[0] == each.shape[1] and torch.allclose(each, each.mT))
