@@ -89,7 +89,7 @@ CASES = {
     "MLP 784-256-256-256-256-10": Case(mlp, (1024, 784), 2),
     "VGG-13 to its third stage, 1/2 width, Restricted": Case(vgg, (64, 3, 32, 32), 2),
     "ResNet-18 to its third stage, 1/4 inner width, Restricted": Case(
-        lambda: resnet(RestrictedConv2dGrowingModule, 3), (64, 3, 32, 32), 2, "center"
+        lambda: resnet(RestrictedConv2dGrowingModule, 3), (64, 3, 32, 32), 1, "center"
     ),
     "ResNet-18 to its second stage, 1/4 inner width, Full": Case(
         lambda: resnet(FullConv2dGrowingModule, 2), (4, 3, 32, 32), 2, "full"
@@ -131,12 +131,16 @@ def gromo_step(model: Any, batches: Batches) -> float:
         took += time.perf_counter() - start
     model.zero_grad()
     start = time.perf_counter()
-    model.compute_optimal_updates(maximum_added_neurons=NEURONS)
+    # gromo's threshold on singular values is absolute; without it each layer gets as many neurons.
+    model.compute_optimal_updates(maximum_added_neurons=NEURONS, statistical_threshold=1e-12)
     return took + time.perf_counter() - start
 
 
 def layers(model: Any) -> list[Any]:
-    return [getattr(layer, "second_layer", layer) for layer in model._growing_layers]
+    """What grows, in the order in which it runs."""
+    if hasattr(model, "stages"):
+        return [block.second_layer for stage in model.stages for block in stage]
+    return model._growing_layers
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -286,7 +290,6 @@ def growth_step(name: str, repeats: int) -> Record:
         "case": name,
         "what": "growth step of all layers, 8 neurons each",
         "batches": f"{case.batches} of {'×'.join(map(str, case.shape))}",
-        "runs": repeats,
         "whole step ms": {way: round(took * 1e3, 1) for way, took in whole.items()},
         "statistics and updates ms": {way: round(took * 1e3, 1) for way, took in part.items()},
         "statistics and updates, gromo over accelerated": round(part["gromo"] / part["accelerated"], 2),
@@ -393,21 +396,25 @@ def main() -> None:
         "torch": torch.__version__,
         "gromo": "0.1.0",
     }
-    records: list[Record] = []
     longest = list(CASES)[-1]
     jobs[longest] = jobs.pop(longest)
     for name, job in jobs.items():
         if chosen.only not in name:
             continue
-        records.append({**job(), "load": round(os.getloadavg()[0], 1)})
-        print(json.dumps(records[-1], ensure_ascii=False), flush=True)
-        if not chosen.only:
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            stem = re.sub(r"\W+", "-", hardware["processor"]).strip("-").lower()
-            path = RESULTS / f"{stem}-{hardware['threads']}-threads.json"
-            command = f"python bench/gromo_step.py --repeats {n}"
-            record = {"hardware": hardware, "command": command, "results": records}
-            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        record = {**job(), "runs": n, "load": round(os.getloadavg()[0], 1)}
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        store(hardware, record)
+
+
+def store(hardware: Record, record: Record) -> None:
+    """Add a record to the file of this machine, in the place of an older one of the same case."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"\W+", "-", hardware["processor"]).strip("-").lower()
+    path = RESULTS / f"{stem}-{hardware['threads']}-threads.json"
+    records = json.loads(path.read_text())["results"] if path.exists() else []
+    records = [each for each in records if each["case"] != record["case"]] + [record]
+    whole = {"hardware": hardware, "command": "python bench/gromo_step.py", "results": records}
+    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
