@@ -19,6 +19,7 @@ from torch import Tensor
 from growkern import ops
 from growkern.backend import use_backend
 from growkern.ops import ConvGeometry
+from growkern.ops.moments.plan import Product, conv2d_plan
 from growkern.ops.native import build_info
 
 RESULTS = Path(__file__).parent / "results" / "cpu-native"
@@ -85,31 +86,49 @@ def by_weight_gradients(x: Tensor, h: Tensor, v: Tensor, producer: ConvGeometry,
     return [xx, xx.new_empty(len(xx), 0), xv, hh, hv, flat @ flat.T]
 
 
-def by_shifted_gemms(x: Tensor, h: Tensor, v: Tensor) -> Six:
-    """3×3 at stride 1 as if the zeros around the maps counted too: without borders, which is in its favour."""
-    pitch = x.shape[3] + 2
-    maps = {"xhv"[i]: F.pad(m.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(0, 2) for i, m in enumerate((x, h, v))}
+def by_shifted_gemms(x: Tensor, h: Tensor, v: Tensor, producer: ConvGeometry, consumer: ConvGeometry) -> Six:
+    """Correlations as products of a padded buffer with itself shifted, border strips taken off: stride 1 only.
 
-    def products(left: str, right: str, reach: int) -> dict[tuple[int, int], Tensor]:
-        a, b, n = maps[left], maps[right], len(maps[left])
-        found = {}
-        for dy in range(-reach, reach + 1):
-            for dx in range(-reach, reach + 1):
-                if left == right and (-dy, -dx) in found:
-                    found[dy, dx] = found[-dy, -dx].T
-                else:
-                    s = dy * pitch + dx
-                    found[dy, dx] = a[max(0, -s) : n - max(0, s)].T @ b[max(0, s) : n - max(0, -s)]
-        return found
+    Which correlations, and how they make up the blocks, is growkern's own plan: what a reader of this library
+    would write in PyTorch.
+    """
+    channels, sizes = tuple(m.shape[1] for m in (x, h, v)), tuple(tuple(m.shape[2:]) for m in (x, h, v))
+    plan = conv2d_plan(channels, sizes, producer, consumer, True, False, False)
+    images = [m.permute(0, 2, 3, 1).contiguous() for m in (x, h, v)]
+    reach = max(abs(p.columns.u - p.columns.v) for p in plan.products)
+    pitch = max(size[1] for size in sizes) + reach
+    flat = [F.pad(m, (0, 0, 0, pitch - m.shape[2], 0, reach)).flatten(0, 2) for m in images]
 
-    def assembled(shifts: dict[tuple[int, int], Tensor], sign: int) -> Tensor:
-        taps = [(y, x) for y in range(-1, 2) for x in range(-1, 2)]
-        blocks = [torch.stack([shifts[sign * b[0] - a[0], sign * b[1] - a[1]] for b in taps]) for a in taps]
-        return torch.stack(blocks).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
+    def product(p: Product) -> Tensor:
+        if p.rows.length * p.columns.length * 2 > x.shape[2] * x.shape[3]:
+            shift = (p.rows.v - p.rows.u) * pitch + p.columns.v - p.columns.u
+            u, w, n = flat[p.u], flat[p.v], len(flat[p.u])
+            return u[max(0, -shift) : n - max(0, shift)].T @ w[max(0, shift) : n - max(0, -shift)]
+        sides = []
+        for side in (0, 1):
+            rows, columns = (slice(q[side], q[side] + q.length) for q in (p.rows, p.columns))
+            sides.append(images[p[side]][:, rows, columns].flatten(0, 2))
+        return sides[0].T @ sides[1]
 
-    xx, hh = (assembled(products(name, name, 2), 1) for name in "xh")
-    hv = torch.stack(list(products("h", "v", 1).values())[::-1]).permute(1, 0, 2).flatten(0, 1)
-    return [xx, xx.new_empty(len(xx), 0), assembled(products("x", "v", 2), -1), hh, hv, maps["v"].T @ maps["v"]]
+    results = []
+    for region in plan.regions:
+        pairs = [(a, b) for a in range(region.u_taps) for b in range(region.v_taps)]
+        upper = [i for i, terms in enumerate(region.blocks) if not any(term.transposed for term in terms)]
+        used = sorted({term.product for i in upper for term in region.blocks[i]})
+        weights = torch.zeros(len(upper), len(used))
+        for row, i in enumerate(upper):
+            for term in region.blocks[i]:
+                weights[row, used.index(term.product)] += term.weight
+        shape = (region.u_channels, region.v_channels)
+        sums = weights @ torch.stack([product(plan.products[number]) for number in used]).flatten(1)
+        blocks = sums.view(-1, *shape)
+        if len(upper) < len(pairs):
+            row_of = {pairs[i]: row for row, i in enumerate(upper)}
+            blocks = torch.stack([blocks[row_of[p]] if p in row_of else blocks[row_of[p[::-1]]].T for p in pairs])
+        grid = blocks.view(region.u_taps, region.v_taps, *shape)
+        results.append(grid.permute(2, 0, 3, 1).flatten(2).flatten(0, 1))
+    results.insert(1, results[0].new_empty(len(results[0]), 0))
+    return results
 
 
 def six_products(x: Tensor, h: Tensor, v: Tensor) -> Six:
@@ -169,25 +188,24 @@ def conv2d(
     with use_backend("cpp"):
         out = ops.conv2d_moments(x[:8], h[:8], v[:8], producer=producer, consumer=consumer)
     assert max(map(error, out, expected)) < TOLERANCE, name
-    for way in (by_unfold, by_weight_gradients):
+    same = ConvGeometry(3, 1, 1)
+    ways = [by_unfold, by_weight_gradients] + [by_shifted_gemms] * (producer == consumer == same)
+    for way in ways:
         out = way(x[:8], h[:8], v[:8], producer, consumer)
         assert max(map(error, out, expected)) < 1e-5, (name, way.__name__)
     record: Record = {}
-    same = ConvGeometry(3, 1, 1)
     if producer == consumer == same:
-        usual["shifted GEMMs, no borders"] = lambda: by_shifted_gemms(x, h, v)
+        usual["shifted GEMMs"] = lambda: by_shifted_gemms(x, h, v, producer, consumer)
         record["GFLOP counted"] = 61 * 2 * channels**2 * batch * side**2 / 1e9
     took = seconds({"cpp": native, **usual}, repeats)
-    complete = [way for way in usual if "no borders" not in way]
     record |= {
         "case": name,
         "ms": round(took["cpp"] * 1e3, 2),
         "over users' PyTorch": round(took["unfold + mm"] / took["cpp"], 2),
-        "over best PyTorch": round(min(took[way] for way in complete) / took["cpp"], 2),
-        "best PyTorch": min(complete, key=took.__getitem__),
+        "over best PyTorch": round(min(took[way] for way in usual) / took["cpp"], 2),
+        "best PyTorch": min(usual, key=took.__getitem__),
     }
     if "GFLOP counted" in record:
-        record["over shifted GEMMs without borders"] = round(took["shifted GEMMs, no borders"] / took["cpp"], 2)
         record["GFLOP/s"] = round(record["GFLOP counted"] / took["cpp"], 1)
     return record
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["available", "define", "has_triton", "register", "result_dtype", "use_backend"]
+__all__ = ["available", "define", "has_triton", "implementation", "register", "result_dtype", "use_backend"]
 
 BACKENDS = ("triton", "cuda", "cpp", "reference")  # "auto" takes the first that an op has for the device
 ACCEPTED = ("auto", *BACKENDS)
@@ -156,10 +156,10 @@ def define(op: str, schema: str, shapes: Callable[..., Sequence[Sequence[int]]])
     torch.library.define(f"growkern::{op}", schema)
 
     @torch.library.impl(f"growkern::{op}", "CompositeExplicitAutograd")
-    def implementation(*args: Any) -> tuple[Tensor, ...]:
+    def run(*args: Any) -> tuple[Tensor, ...]:
         shapes(*args)
         with torch.autocast(args[0].device.type, enabled=False):
-            return _in_force(op, args[0].device.type)(*args)
+            return implementation(op, args[0].device.type)(*args)
 
     @torch.library.register_fake(f"growkern::{op}")
     def fake(*args: Any) -> tuple[Tensor, ...]:
@@ -167,7 +167,28 @@ def define(op: str, schema: str, shapes: Callable[..., Sequence[Sequence[int]]])
         return tuple(args[0].new_empty(shape, dtype=dtype) for shape in shapes(*args))
 
 
-def _in_force(op: str, device: str) -> Callable[..., tuple[Tensor, ...]]:
+def implementation(op: str, device: str) -> Callable[..., Any]:
+    """Give the implementation of `op` that is in force.
+
+    Parameters
+    ----------
+    op : str
+        Name of the op without its namespace.
+    device : str
+        Type of the device of its tensors.
+
+    Returns
+    -------
+    Callable
+        Of the backend that was chosen, or for "auto" of the first that takes the device.
+
+    Raises
+    ------
+    ValueError
+        If ``GROWKERN_BACKEND`` names no backend.
+    RuntimeError
+        If the backend does not implement the op here, or does not take the device.
+    """
     name = _chosen or os.environ.get("GROWKERN_BACKEND", "auto")
     if name not in ACCEPTED:
         raise ValueError(f"GROWKERN_BACKEND: expected one of {', '.join(ACCEPTED)}, got {name!r}")

@@ -17,7 +17,8 @@ from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
 from growkern.neurons import METHODS, NewNeurons, check_options, granularity, solve
-from growkern.probe import LossFn, Passes, reachable_sites
+from growkern.passes import Passes, reachable_sites
+from growkern.probe import LossFn
 from growkern.sites import GrowthSite, resolve
 from growkern.surgery import apply, trial
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from growkern.moments import collect
 from growkern.neurons import solve
-from growkern.probe import LossFn, Passes, reachable_sites
+from growkern.passes import Passes, reachable_sites
+from growkern.probe import LossFn
 from growkern.sites import GrowthSite, resolve
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
-from growkern.probe import LossFn, Passes, Probe, random_signs
+from growkern.passes import Passes
+from growkern.probe import LossFn, Probe, measured_together, random_signs
 from growkern.sites import GrowthSite
 from growkern.whitening import Factor
 
@@ -190,7 +191,7 @@ def collect(
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
             hooks.enter_context(probe.watching())
-        sums = run.sweep(probes, lambda probe, _: probe.moments())
+        sums = run.sweep(probes, lambda some, _: measured_together(some))
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
         updates = {
             name: Factor(sums[name]["hh"] / counts[name]).solve(sums[name]["hv"] / counts[name]).mT
@@ -202,7 +203,8 @@ def collect(
             drawn = random_signs(null_draws, probe.rows, batch_size, signs).to(run.device) if null_draws else None
             return probe.residual(updates[probe.site.name], drawn)
 
-        second = run.sweep({name: probes[name] for name in updates}, residual)
+        remaining = {name: probes[name] for name in updates}
+        second = run.sweep(remaining, lambda some, size: [residual(probe, size) for probe in some])
     return {
         name: _assemble(probe, counts[name], reduction, sums[name] | second.get(name, {}), updates.get(name))
         for name, probe in probes.items()

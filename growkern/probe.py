@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growkern import distributed, ops
+from growkern import ops
 from growkern.between import Pool
-from growkern.eval_mode import evaluating, same_draws
 from growkern.ops import ConvGeometry
-from growkern.sites import GrowthSite, find_sites, logger, resolve
+from growkern.ops.moments import Call
+from growkern.sites import GrowthSite, resolve
 
 LossFn = Callable[[Any, Any], Tensor]
 _GROUP = 64  # consecutive rows that share a random sign where they do not belong to one image or sequence
+
+
+def measured_together(probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
+    """Sum up the six moments of sites together, and "uniform", those of x with ones, where a norm lies between."""
+    calls = [probe.calls() for probe in probes]
+    found = iter(ops.moments.grouped_moments([call for each in calls for call in each.values()]))
+    names, sums = ("xx", "xh", "xv", "hh", "hv", "vv"), []
+    for each in calls:
+        sums.append(dict(zip(names, next(found), strict=True)))
+        if "uniform" in each:
+            sums[-1]["uniform"] = next(found)[0]
+    return sums
 
 
 class Probe:
@@ -30,7 +41,7 @@ class Probe:
     kernel : str
         "linear", "full" or "center".
     count : int
-        Images or rows that `moments` has summed so far.
+        Images or rows of the calls so far.
     hidden_positions, output_positions : int
         Sizes of the producer's and the consumer's output maps; 1 for linear layers.
     """
@@ -144,15 +155,13 @@ class Probe:
         """Features as rows (n, features), those of one image or sequence side by side."""
         return t.movedim(self._batch_dim, 0).reshape(-1, t.shape[-1]) if t.dim() > 2 else t.reshape(-1, t.shape[-1])
 
-    def moments(self) -> dict[str, Tensor]:
-        """Sum up the six moments, and "uniform" for x with a last column of ones where a norm lies between."""
-        op: Callable[..., Any] = ops.linear_moments if self.kernel == "linear" else ops.conv2d_moments
-        names = ("xx", "xh", "xv", "hh", "hv", "vv")
-        sums = dict(zip(names, op(*self.operands, **self._flags), strict=True))
+    def calls(self) -> dict[str, Call]:
+        """Count a batch, and give what to sum up: "moments", and "uniform" where a norm lies between."""
         self.count += self.rows
+        calls = {"moments": Call(*self.operands, **self._flags)}
         if self.layers.between.norm is not None:
-            sums["uniform"] = self._uniform()
-        return sums
+            calls["uniform"] = self._uniform()
+        return calls
 
     def residual(self, update: Tensor, signs: Tensor | None) -> dict[str, Tensor]:
         """Sum up N and its draws with random signs, with v⊥ = v − update·h."""
@@ -164,14 +173,14 @@ class Probe:
         """Let go of the operands of the last batch."""
         self.operands = self._raw = None  # type: ignore[assignment]
 
-    def _uniform(self) -> Tensor:
+    def _uniform(self) -> Call:
         if self.kernel == "linear":
             x = self.operands[0]
-            return ops.linear_moments(x, x[:, :0], x[:, :0], x_bias=True)[0]
+            return Call(x, x[:, :0], x[:, :0], x_bias=True)
         between = self.layers.between
         x, geometry, _, size = self._hidden(self._raw, between.pools[: between.pools_before_norm])
         nothing = x.new_empty(len(x), 0, *size)
-        return ops.conv2d_moments(x, nothing, nothing, producer=geometry, consumer=ConvGeometry(1), x_bias=True)[0]
+        return Call(x, nothing, nothing, geometry, ConvGeometry(1), x_bias=True)
 
     def _hidden(self, x: Tensor, pools: list[Pool]) -> tuple[Tensor, ConvGeometry, bool, tuple[int, int]]:
         """Give a map and a geometry whose patches are the producer's, averaged by the pools in turn.
@@ -232,167 +241,8 @@ def _geometry(layer: nn.Conv2d) -> ConvGeometry:
     return ConvGeometry(layer.kernel_size, layer.stride, (top, left), layer.dilation)
 
 
-@dataclass
-class Passes:
-    """Forward and backward passes over the batches; every call of a method draws the same random numbers."""
-
-    model: nn.Module
-    batches: Sequence[tuple[Any, Any]]
-    loss_fn: LossFn
-    reduction: str = "mean"
-    group: torch.distributed.ProcessGroup | None = None
-    batch_dim: int = 0
-
-    def __post_init__(self) -> None:
-        self.device = device_of(self.model)
-        if self.total(int(not self.batches)):
-            raise ValueError("batches: expected at least one (input, target) pair in every process, got none")
-
-    def total(self, number: int) -> int:
-        """Sum of one integer over the processes of the group."""
-        return distributed.total(number, self.group, self.device)
-
-    def sweep(
-        self, probes: Mapping[str, Probe], measure: Callable[[Probe, int], dict[str, Tensor]]
-    ) -> dict[str, dict[str, Tensor]]:
-        """Run every batch once; return the sums of what `measure(probe, batch size)` gives, by site and name."""
-        sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
-        failure: Exception | None = None
-        try:
-            with same_draws(self.model):
-                for number, batch in enumerate(self.batches if probes else ()):
-                    self._measure(number, batch, probes, measure, sums)
-        except Exception as error:  # the other processes of a group wait for this one
-            failure = error
-        failed = self.total(int(failure is not None))
-        if failure is not None:
-            raise failure
-        if failed:
-            raise ValueError("batches: another process of the group failed to measure; it says why")
-        flat = {(name, key): value for name, values in sums.items() for key, value in values.items()}
-        distributed.all_sum(flat.values(), self.group)
-        bad = [f"{key} of site {name!r}" for (name, key), value in flat.items() if not value.isfinite().all()]
-        if bad:
-            raise ValueError(f"batches: {', '.join(bad)} is not finite; look for NaN or Inf in the inputs and weights")
-        return sums
-
-    def reached(self, sites: Sequence[GrowthSite]) -> list[GrowthSite]:
-        """Sites that the loss of the first batch sends a gradient to."""
-        probes = [Probe(self.model, site, "full", self.batch_dim) for site in sites]
-        with evaluating(self.model), torch.enable_grad(), ExitStack() as hooks:
-            for probe in probes:
-                hooks.enter_context(probe.watching())
-                probe.forget(listen=True)
-            loss, _ = self._forward(self.batches[0])
-            edges = [(site, probe.edge()) for site, probe in zip(sites, probes, strict=True) if probe.reached]
-            found = torch.autograd.grad(loss, [edge for _, edge in edges], allow_unused=True) if edges else ()
-        return [site for (site, _), gradient in zip(edges, found, strict=True) if gradient is not None]
-
-    def loss(self) -> float:
-        """Loss over the batches: their mean, weighted by length, or their sum."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with same_draws(self.model), torch.no_grad():
-            for batch in self.batches:
-                args, target = to_device(batch, self.device)
-                rows = self._rows(args) if self.reduction == "mean" else 1
-                loss = self.loss_fn(self.model(*args), target)
-                sums += torch.stack([loss.double().reshape(()) * rows, sums.new_tensor(rows)])
-        distributed.all_sum([sums], self.group)
-        return float(sums[0] / sums[1] if self.reduction == "mean" else sums[0])
-
-    def _measure(
-        self,
-        number: int,
-        batch: tuple[Any, Any],
-        probes: Mapping[str, Probe],
-        measure: Callable[[Probe, int], dict[str, Tensor]],
-        sums: dict[str, dict[str, Tensor]],
-    ) -> None:
-        for probe in probes.values():
-            probe.forget(listen=True)
-        loss, batch_size = self._forward(batch)
-        if not loss.isfinite():
-            raise ValueError(f"loss_fn: gave {loss.item()} on batch {number}; nothing was measured")
-        # Scaled up front, by a power of two, so that half precision neither underflows nor rounds on the way back.
-        seed = float(2 ** (min(batch_size, 2**12).bit_length() - 1))
-        edges = [probe.edge() for probe in probes.values()]
-        gradients = torch.autograd.grad(loss, edges, torch.full_like(loss, seed), allow_unused=True)
-        for (name, probe), gradient in zip(probes.items(), gradients, strict=True):
-            try:
-                probe.receive(gradient, batch_size, seed, self.reduction == "mean")
-            except ValueError as error:
-                raise ValueError(f"site {name!r}: {error}") from None
-            for key, value in measure(probe, batch_size).items():
-                sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
-            probe.release()
-
-    def _forward(self, batch: tuple[Any, Any]) -> tuple[Tensor, int]:
-        args, target = to_device(batch, self.device)
-        loss = self.loss_fn(self.model(*args), target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
-        if not loss.requires_grad:
-            raise ValueError("loss_fn: no gradient flows from the loss to the model; is everything frozen?")
-        if not (rows := self._rows(args)):
-            raise ValueError("batches: expected samples in every batch, got an empty one")
-        return loss, rows
-
-    def _rows(self, args: tuple[Any, ...]) -> int:
-        """Images or sequences of a batch: the size of its first tensor along the batch dimension."""
-        for tensor in _leaves(args):
-            return tensor.shape[self.batch_dim]
-        raise ValueError("batches: expected a tensor among the inputs of the model, got none")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of a model's first parameter; a model without any is a ValueError."""
-    for parameter in model.parameters():
-        return parameter.device
-    raise ValueError(f"model: {type(model).__name__} has no parameters, so nothing in it can grow")
-
-
-def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[tuple[Any, ...], Any]:
-    """Arguments of the model, and the target, of one (input, target) pair, on a device; else a ValueError."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(f"batches: expected (input, target) pairs, got {type(batch).__name__}")
-    args, target = (_moved(part, device) for part in batch)
-    return tuple(args) if isinstance(args, tuple | list) else (args,), target
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors on a device, also those in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return type(value)({key: _moved(each, device) for key, each in value.items()})
-    if type(value) in (tuple, list):
-        return type(value)(_moved(each, device) for each in value)
-    return value
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    """Tensors with a batch dimension, also those in tuples, lists and dicts."""
-    if isinstance(value, Tensor) and value.dim():
-        yield value
-    elif isinstance(value, dict | tuple | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(each)
-
-
 def random_signs(draws: int, rows: int, batch_size: int, generator: torch.Generator) -> Tensor:
     """Random signs (draws, rows): one per image or sequence, else one per group of consecutive rows."""
     run = max(rows // batch_size, 1) if rows % batch_size == 0 else _GROUP
     signs = torch.randint(0, 2, (draws, -(-rows // run)), generator=generator) * 2.0 - 1
     return signs.repeat_interleave(run, dim=1)[:, :rows]
-
-
-def reachable_sites(passes: Passes, kernel: str) -> list[GrowthSite]:
-    """Sites of a model that the loss sends a gradient to, and to which `kernel` applies; the others are logged."""
-    found = find_sites(passes.model, to_device(passes.batches[0], passes.device)[0])
-    if kernel == "center":
-        found = [site for site in found if not resolve(passes.model, site).between.flatten]
-    reached = passes.reached(found)
-    for site in set(found) - set(reached):
-        logger.info("%s is left out: no gradient of the loss reaches it", site)
-    return reached

@@ -10,7 +10,7 @@ from relu_nets import batches, mlp, problem
 from torch import nn
 
 import growkern as gk
-from growkern.probe import Passes
+from growkern.passes import Passes
 from growkern.surgery import trial
 
 pytestmark = pytest.mark.usefixtures("one_thread")

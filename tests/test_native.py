@@ -267,11 +267,11 @@ def test_without_the_library_the_first_op_says_once_how_to_build_it(monkeypatch,
 
 
 def test_auto_passes_over_backends_of_other_devices():
-    chosen = backend._in_force("eigh", "cuda")
+    chosen = backend.implementation("eigh", "cuda")
     assert chosen is not backend._implementations["eigh"]["cpp"]
-    assert backend._in_force("eigh", "cpu") is backend._implementations["eigh"]["cpp"]
+    assert backend.implementation("eigh", "cpu") is backend._implementations["eigh"]["cpp"]
     with (
         use_backend("cpp"),
         pytest.raises(RuntimeError, match="eigh: cpp takes cpu tensors, got one on cuda"),
     ):
-        backend._in_force("eigh", "cuda")
+        backend.implementation("eigh", "cuda")

@@ -1,4 +1,4 @@
-"""The command line: growkern doctor | train | grow | bottlenecks | report."""
+"""The command line: growkern doctor | train | grow | bottlenecks | report | tune."""
 
 from __future__ import annotations
 
@@ -221,6 +221,34 @@ def doctor() -> None:
     from growkern.training.doctor import examine
 
     sys.exit(examine(out))
+
+
+@app.command()
+def tune(
+    widths: Annotated[str, typer.Option(help="Channels to tune for, separated by commas.")] = "16,32,64,128,256,512",
+) -> None:
+    """Time the Triton kernels on this GPU with several tiles, and keep the fastest for later runs."""
+    import torch
+
+    from growkern.backend import has_triton
+
+    numbers = tuple(int(word) if word.strip().isdigit() else 0 for word in widths.split(","))
+    if not all(numbers):
+        raise ValueError(f"widths: expected numbers of channels separated by commas, got {widths!r}")
+    if not torch.cuda.is_available() or not has_triton():
+        raise ValueError("tune: expected a GPU and Triton, found none here; growkern doctor says more")
+    from growkern.ops.moments import tiles, tune
+
+    device, entries = torch.device("cuda", torch.cuda.current_device()), []
+    table = Table("sources", "operands", "channels", "ms", "ms before", "tiles")
+    for entry in tune.tune(device, numbers):
+        times = f"{entry.pop('ms'):.3f}", f"{entry.pop('before'):.3f}"
+        shape = "×".join(str(entry["tiles"][name]) for name in ("block_m", "block_n", "block_k"))
+        row = (entry["kinds"][0], entry["operands"], str(entry["width"]), *times)
+        table.add_row(*row, f"{shape}, {entry['tiles']['warps']} warps, {entry['tiles']['stages']} stages")
+        entries.append(entry)
+    out.print(table)
+    say(f"written to {tiles.write_tuned(tiles.gpu_of(device)[0], entries)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from growkern.ops.native import build_info
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "typer", "rich", "torchvision", "matplotlib", "tensorboard")
 _ABSENT = {
-    "triton": "this version of growkern has no Triton kernels",
+    "triton": "it needs the package triton and a GPU",
     "cuda": "this version of growkern has no CUDA kernels",
     "cpp": "the compiled library was not built; with a C++ compiler: "
     "pip install --no-build-isolation --force-reinstall --no-deps growkern",

@@ -5,12 +5,15 @@ Networks*, TMLR 2024, propositions 3.1 and 3.2). Sums, not means, so that batche
 for float32, bfloat16 and float16 inputs, in float64 for float64, also under autocast. They carry no gradient.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from growkern.backend import define, has_triton
+from growkern.backend import define, has_triton, implementation, register
 from growkern.ops import native
-from growkern.ops.moments import reference  # noqa: F401  (registers its implementations)
+from growkern.ops.moments import gpu, reference  # noqa: F401  (the reference registers its implementations)
 from growkern.ops.moments.checks import (
     conv2d_moments_shapes,
     conv2d_residual_shapes,
@@ -18,13 +21,24 @@ from growkern.ops.moments.checks import (
     linear_residual_shapes,
 )
 from growkern.ops.moments.geometry import ConvGeometry
+from growkern.ops.moments.gpu import Call
 
 if native.load("cpu"):
     from growkern.ops.moments import cpp  # noqa: F401
 if has_triton():
-    from growkern.ops.moments import triton  # noqa: F401
+    from growkern.ops.moments import triton
 
-__all__ = ["ConvGeometry", "conv2d_moments", "conv2d_residual", "linear_moments", "linear_residual"]
+    gpu.serve(triton, "triton")
+
+__all__ = [
+    "Call",
+    "ConvGeometry",
+    "conv2d_moments",
+    "conv2d_residual",
+    "grouped_moments",
+    "linear_moments",
+    "linear_residual",
+]
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -233,6 +247,53 @@ def conv2d_residual(
         h_bias,
         precision,
     )
+
+
+def grouped_moments(calls: Sequence[Call]) -> list[Six]:
+    """Sum the moments of several sites, on a GPU in a handful of launches: small sites cost little but those.
+
+    Parameters
+    ----------
+    calls : sequence of Call
+        The arguments of one `linear_moments` or `conv2d_moments` each.
+
+    Returns
+    -------
+    list of six Tensors
+        What each call gives.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the two ops do.
+    """
+    calls = [call._replace(x=call.x.detach(), h=call.h.detach(), v=call.v.detach()) for call in calls]
+    for x, h, v, made, read, kernel, x_bias, h_bias, precision in calls:
+        if made is None or read is None:
+            linear_moments_shapes(x, h, v, x_bias, h_bias, precision)
+        else:
+            geometries = _packed("producer", made), _packed("consumer", read)
+            conv2d_moments_shapes(x, h, v, *geometries, kernel, x_bias, h_bias, precision)
+    if not calls:
+        return []
+    device = calls[0].x.device.type
+    with torch.autocast(device, enabled=False):
+        return implementation("grouped_moments", device)(calls)
+
+
+def _one_by_one(calls: Sequence[Call]) -> list[Six]:
+    found = []
+    for x, h, v, made, read, kernel, x_bias, h_bias, precision in calls:
+        biases: dict[str, Any] = {"x_bias": x_bias, "h_bias": h_bias, "precision": precision}
+        if made is None or read is None:
+            found.append(linear_moments(x, h, v, **biases))
+        else:
+            found.append(conv2d_moments(x, h, v, producer=made, consumer=read, kernel=kernel, **biases))
+    return found
+
+
+for _backend in ("cuda", "cpp", "reference"):
+    register("grouped_moments", _backend)(_one_by_one)
 
 
 def _packed(name: str, geometry: ConvGeometry) -> list[int]:

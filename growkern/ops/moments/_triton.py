@@ -1,27 +1,7 @@
-"""Triton kernels of the second moments, and their launchers: the engine of `gpu`."""
+"""Triton kernels of the second moments; `triton` launches them."""
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from growkern.backend import INTERPRETED
-from growkern.ops.moments.geometry import ConvGeometry
-from growkern.ops.moments.gpu import Rows, alignment
-from growkern.ops.moments.plan import Plan
-from growkern.ops.moments.schedule import (
-    ASSEMBLE_COLUMNS,
-    ASSEMBLE_ROWS,
-    FIELDS,
-    REGION_FIELDS,
-    SUM_BLOCK,
-    Schedule,
-    Tiles,
-)
-
-CHAIN = 512  # positions that tensor cores may add up before the sum goes to float32 registers
 
 
 @triton.jit
@@ -54,9 +34,9 @@ def _columns(pointer, pixel, pitch, channel, channels, valid):
 def correlate_kernel(
     ux, uh, uv, u_ones, vx, vh, vv, v_ones,
     x_pitch, h_pitch, v_pitch, x_channels, h_channels, v_channels,
-    out, products, items, signs, samples,
-    ALIGN: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, SIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr, CHAIN: tl.constexpr, FIELDS: tl.constexpr,
+    out, products, items, signs, samples, sources,
+    ALIGN: tl.constexpr, GROUPED: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, SIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr, CHAIN: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sum u(k) v(k)ᵀ over k for one tile of a product over one range of positions."""
@@ -76,12 +56,20 @@ def correlate_kernel(
     v_column, v_pixels = tl.load(product + 16).to(index), tl.load(product + 17).to(index)
     sign = signs + tl.load(product + 18) * samples
 
-    u_pointer, v_pointer = _pick(u, ux, uh, uv, u_ones), _pick(v, vx, vh, vv, v_ones)
     # Pitches and channels come in units of ALIGN, so that the compiler knows which loads are 16 bytes wide.
-    u_pitch = _pick(u, x_pitch, h_pitch, v_pitch, 1).to(index) * ALIGN
-    v_pitch = _pick(v, x_pitch, h_pitch, v_pitch, 1).to(index) * ALIGN
-    u_channels = _pick(u, x_channels, h_channels, v_channels, 1) * ALIGN
-    v_channels = _pick(v, x_channels, h_channels, v_channels, 1) * ALIGN
+    if GROUPED:
+        u_pointer = tl.multiple_of(tl.load(sources + 3 * u).to(ux.dtype), 16 if ALIGN > 1 else 1)
+        v_pointer = tl.multiple_of(tl.load(sources + 3 * v).to(vx.dtype), 16 if ALIGN > 1 else 1)
+        u_pitch = tl.load(sources + 3 * u + 1).to(index) * ALIGN
+        v_pitch = tl.load(sources + 3 * v + 1).to(index) * ALIGN
+        u_channels = tl.load(sources + 3 * u + 2).to(tl.int32) * ALIGN
+        v_channels = tl.load(sources + 3 * v + 2).to(tl.int32) * ALIGN
+    else:
+        u_pointer, v_pointer = _pick(u, ux, uh, uv, u_ones), _pick(v, vx, vh, vv, v_ones)
+        u_pitch = _pick(u, x_pitch, h_pitch, v_pitch, 1).to(index) * ALIGN
+        v_pitch = _pick(v, x_pitch, h_pitch, v_pitch, 1).to(index) * ALIGN
+        u_channels = _pick(u, x_channels, h_channels, v_channels, 1) * ALIGN
+        v_channels = _pick(v, x_channels, h_channels, v_channels, 1) * ALIGN
 
     m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -140,8 +128,8 @@ def reduce_kernel(buffer, sums, BLOCK: tl.constexpr):
 
 @triton.jit
 def assemble_kernel(
-    slots, slots_size, out0, out1, out2, out3, out4, out5, regions, starts, terms, weights, count,
-    FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    slots, slots_size, out0, out1, out2, out3, out4, out5, results, regions, starts, terms, weights, count,
+    GROUPED: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of a region of a result: every element is a weighted sum over the terms of its pair of taps."""
     program, draw = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -172,7 +160,11 @@ def assemble_kernel(
         weight = tl.load(weights + term, mask=live, other=0.0)
         address = slots + draw * slots_size + slot + channel_u * u_step + channel_v * v_step
         total += weight * tl.load(address, mask=live, other=0.0)
-    target = _result(result, out0, out1, out2, out3, out4, out5) + draw * tl.load(region + 10) + corner
+    if GROUPED:
+        target = tl.load(results + result).to(out0.dtype)
+    else:
+        target = _result(result, out0, out1, out2, out3, out4, out5)
+    target += draw * tl.load(region + 10) + corner
     tl.store(target + i.to(tl.int64)[:, None] * pitch + j[None, :], total, mask=inside)
 
 
@@ -190,6 +182,30 @@ def _result(index, out0, out1, out2, out3, out4, out5):
     if index == 5:
         chosen = out5
     return chosen
+
+
+@triton.jit
+def pack_kernel(
+    copies, count, anchor, FIELDS: tl.constexpr, COUNT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Copy one tile of some map to rows of channels, zeros up to whole 16 bytes; types are those of the anchor."""
+    program = tl.program_id(0)
+    every = tl.arange(0, COUNT)
+    firsts = tl.load(copies + every * FIELDS, mask=every < count, other=2**31 - 1)
+    copy = copies + (tl.sum((firsts <= program).to(tl.int32)) - 1) * FIELDS
+    tile = program - tl.load(copy)
+    source, target = tl.load(copy + 1).to(anchor.dtype), tl.load(copy + 2).to(anchor.dtype)
+    pixels, channels, pitch = tl.load(copy + 3), tl.load(copy + 4), tl.load(copy + 5)
+    area, width = tl.load(copy + 6), tl.load(copy + 7)
+    across = tl.cdiv(pitch, CHANNELS)
+    pixel = tile // across * PIXELS + tl.arange(0, PIXELS)
+    channel = tile % across * CHANNELS + tl.arange(0, CHANNELS)
+    image, rest = pixel // area, pixel % area
+    place = image * tl.load(copy + 8) + rest // width * tl.load(copy + 10) + rest % width * tl.load(copy + 11)
+    inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
+    values = tl.load(source + channel[:, None] * tl.load(copy + 9) + place[None, :], mask=inside, other=0.0)
+    inside = (pixel < pixels)[:, None] & (channel < pitch)[None, :]
+    tl.store(target + pixel[:, None] * pitch + channel[None, :], tl.trans(values), mask=inside)
 
 
 @triton.jit
@@ -219,142 +235,13 @@ def subtract_kernel(
         pixel = (image * map_rows + y) * map_columns + x
         for start in range(0, h_channels, BLOCK_K):
             channel = start + tl.arange(0, BLOCK_K)
-            a = _rows(h, pixel, (h_pitch * ALIGN).to(index), channel, h_channels, read)
+            a = _rows(h, pixel, h_pitch * ALIGN, channel, h_channels, read)
             w_mask = (channel < h_channels)[:, None] & (target < targets)[None, :]
             w_row = (tap * h_channels + channel)[:, None] * targets
             w = tl.load(weight + w_row + target[None, :], mask=w_mask, other=0.0)
             total = tl.dot(a.to(w.dtype), w, total, input_precision=PRECISION)
     mask = valid[:, None] & (target < targets)[None, :]
-    v_pointer = v + position[:, None] * (v_pitch * ALIGN).to(index) + target[None, :]
+    v_pointer = v + position[:, None] * (v_pitch * ALIGN) + target[None, :]
     left = tl.load(v_pointer, mask=mask, other=0.0).to(tl.float32)
     left -= tl.load(bias + target, mask=target < targets, other=0.0)[None, :]
-    tl.store(out + position[:, None] * (out_pitch * ALIGN).to(index) + target[None, :], left - total, mask=mask)
-
-
-def tiles(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
-    """Choose the tiles by the widest source."""
-    widest, half = max(plan.channels), dtype != torch.float32
-    if widest <= 16:
-        return Tiles(16, 16, 64 if half else 32, 1)
-    if widest <= 32:
-        return Tiles(32, 32, 64 if half else 32, 2)
-    if widest < 128 or (precision == "ieee" and not half):
-        return Tiles(64, 64, 64 if half else 32, 4)
-    return Tiles(128, 128, 64, 8, programs=2) if half else Tiles(128, 64, 32, 8, programs=4)
-
-
-def correlate(
-    us: Sequence[Rows], vs: Sequence[Rows], out: Tensor, plan: Schedule, precision: str, signs: Tensor | None
-) -> None:
-    """Launch one program for every item of the schedule."""
-    if not len(plan.items):
-        return
-    (x, h, *_), align, tiles = us, alignment(*us, *vs), plan.tiles
-    half = vs[2].data.itemsize == 2
-    correlate_kernel[(len(plan.items),)](
-        *(each.data for each in (*us, *vs)),
-        *(each.pitch // align for each in (x, h, vs[2])),
-        *(each.channels // align for each in (x, h, vs[2])),
-        out,
-        plan.products,
-        plan.items,
-        out if signs is None else signs,
-        0 if signs is None else signs.shape[1],
-        ALIGN=align,
-        MATRIX=x.data.ndim == 2,
-        WIDE=_wide(*us, *vs),
-        SIGNED=signs is not None,
-        PRECISION=_precision(precision, half),
-        OPERAND=_operand(x.data.dtype, vs[2].data.dtype),
-        CHAIN=CHAIN // tiles.block_k if half else 0,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
-        FIELDS=FIELDS,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-
-
-def reduce(workspace: Tensor, plan: Schedule) -> None:
-    """Launch one program for every chunk of every product that was split."""
-    if len(plan.sums):
-        reduce_kernel[(len(plan.sums),)](workspace, plan.sums, BLOCK=SUM_BLOCK)
-
-
-def assemble(slots: Tensor, plan: Schedule, results: Sequence[Tensor]) -> None:
-    """Launch one program for every tile of every region and draw."""
-    if not plan.programs or not len(slots):
-        return
-    targets = [*results, *[results[0]] * (6 - len(results))]
-    assemble_kernel[(plan.programs, len(slots))](
-        slots,
-        slots.stride(0),
-        *targets,
-        plan.regions,
-        plan.starts,
-        plan.terms,
-        plan.weights,
-        len(plan.regions),
-        FIELDS=REGION_FIELDS,
-        ROWS=ASSEMBLE_ROWS,
-        COLUMNS=ASSEMBLE_COLUMNS,
-    )
-
-
-def subtract(h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer: ConvGeometry, precision: str) -> None:
-    """Launch one program for every tile of positions and channels of v."""
-    targets, positions = weight.shape[2], v.data.shape[:-1].numel()
-    if not targets:
-        return
-    rows, columns = v.data.shape[1:3] if v.data.ndim == 4 else (1, 1)
-    map_rows, map_columns = h.data.shape[1:3] if h.data.ndim == 4 else (1, 1)
-    align = alignment(h, v, out)
-    block = 16 if targets <= 16 else 32 if targets <= 32 else 64
-    subtract_kernel[(triton.cdiv(positions, 64) * triton.cdiv(targets, block),)](
-        h.data,
-        h.pitch // align,
-        v.data,
-        v.pitch // align,
-        weight,
-        bias,
-        out.data,
-        out.pitch // align,
-        positions,
-        rows * columns,
-        columns,
-        h.channels // align,
-        targets,
-        map_rows,
-        map_columns,
-        consumer.kernel_size[1],
-        *consumer.stride,
-        *consumer.padding,
-        *consumer.dilation,
-        consumer.taps,
-        ALIGN=align,
-        WIDE=_wide(h, v, out),
-        PRECISION=_precision(precision, False),
-        BLOCK_M=64,
-        BLOCK_N=block,
-        BLOCK_K=32,
-    )
-
-
-def _wide(*sides: Rows) -> bool:
-    """Whether an element of some side lies further than 32 bits reach."""
-    return any(each.data.shape[:-1].numel() * max(1, each.pitch) >= 2**31 - 2**16 for each in sides)
-
-
-def _operand(u: torch.dtype, v: torch.dtype) -> tl.dtype:
-    """Choose what is multiplied: float32 where the sides differ; the interpreter has no bfloat16."""
-    if u != v or u == torch.float32 or (u == torch.bfloat16 and INTERPRETED):
-        return tl.float32
-    return tl.bfloat16 if u == torch.bfloat16 else tl.float16
-
-
-def _precision(precision: str, half: bool) -> str:
-    """Three products of tf32 halves are as good as float32; AMD has no such thing, but matrix units for float32."""
-    if precision == "tf32" or half:
-        return "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    tl.store(out + position[:, None] * (out_pitch * ALIGN) + target[None, :], left - total, mask=mask)

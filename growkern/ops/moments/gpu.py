@@ -1,23 +1,28 @@
 """The second moments on a GPU: one way for Triton and for CUDA, which differ in the kernels of their engines."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from growkern.backend import register
 from growkern.ops.moments import reference
 from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.plan import Plan, conv2d_plan, linear_plan, residual_plan
-from growkern.ops.moments.schedule import Schedule, Tiles, schedule
+from growkern.ops.moments.schedule import Schedule, Tiles, refuse_capture, schedule
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
 
 PER_IMAGE_BYTES = 256 * 2**20  # that the sums of single images may take at once
+COPY_FIELDS = 12  # first program, source, target, pixels, channels, pitch, area, width, four strides of the source
+PACK_PIXELS, PACK_CHANNELS = 64, 16  # tile of a program that packs
+ONES = 8  # elements of the row of ones: 16 bytes or more
 SPLITS_ELEMENTS = 4 * 2**20  # that partial sums may take whatever the size of inputs and results
 
 
@@ -39,11 +44,51 @@ class Rows(NamedTuple):
     pitch: int
 
 
+class Call(NamedTuple):
+    """One call of `linear_moments`, or with geometries of `conv2d_moments`."""
+
+    x: Tensor
+    h: Tensor
+    v: Tensor
+    producer: ConvGeometry | None = None
+    consumer: ConvGeometry | None = None
+    kernel: str = "full"
+    x_bias: bool = False
+    h_bias: bool = False
+    precision: str = "ieee"
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no xh."""
+        return self.producer is not None and self.kernel == "full"
+
+    def plan(self) -> Plan:
+        """Plan the moments."""
+        if self.producer is None or self.consumer is None:
+            return linear_plan((self.x.shape[1], self.h.shape[1], self.v.shape[1]), self.x_bias, self.h_bias)
+        shapes = _shapes(self.x, self.h, self.v)
+        return conv2d_plan(*shapes, self.producer, self.consumer, self.full, self.x_bias, self.h_bias)
+
+    def six(self, results: list[Tensor]) -> Six:
+        """Name the results of the plan, and give an empty xh where it has none."""
+        if self.full:
+            results.insert(1, results[0].new_empty(len(results[0]), 0))
+        xx, xh, xv, hh, hv, vv = results
+        return xx, xh, xv, hh, hv, vv
+
+    def alone(self, engine: "Engine") -> Six:
+        """Sum the moments of this site only."""
+        x, h, v, made, read, kernel, x_bias, h_bias, precision = self
+        if made is None or read is None:
+            return linear_moments(engine, x, h, v, x_bias, h_bias, precision)
+        return conv2d_moments(engine, x, h, v, made.pack(), read.pack(), kernel, x_bias, h_bias, precision)
+
+
 class Engine(Protocol):
     """The kernels that a backend has to have. Nothing in them waits for the device."""
 
     def tiles(self, plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
-        """Choose how to cut the products of a plan."""
+        """Choose how to cut the products of a plan, whose operands have the given dtype."""
 
     def correlate(
         self, us: Sequence[Rows], vs: Sequence[Rows], out: Tensor, plan: Schedule, precision: str, signs: Tensor | None
@@ -66,9 +111,8 @@ def linear_moments(engine: Engine, x: Tensor, h: Tensor, v: Tensor, x_bias: bool
     """Sum the joint second moment of x, h and v."""
     if _plain(x):
         return reference.linear_moments(x, h, v, x_bias, h_bias, precision)
-    plan = linear_plan((x.shape[1], h.shape[1], v.shape[1]), x_bias, h_bias)
-    xx, xh, xv, hh, hv, vv = _moments(engine, plan, (x, h, v), precision)
-    return xx, xh, xv, hh, hv, vv
+    call = Call(x, h, v, x_bias=x_bias, h_bias=h_bias, precision=precision)
+    return call.six(_moments(engine, call.plan(), (x, h, v), precision))
 
 
 def conv2d_moments(
@@ -86,13 +130,9 @@ def conv2d_moments(
     """Sum the six moments of patches from maps as they are."""
     if _plain(x):
         return reference.conv2d_moments(x, h, v, producer, consumer, kernel, x_bias, h_bias, precision)
-    full, geometries = kernel == "full", (ConvGeometry.unpack(producer), ConvGeometry.unpack(consumer))
-    plan = conv2d_plan(*_shapes(x, h, v), *geometries, full, x_bias, h_bias)
-    results = _moments(engine, plan, (x, h, v), precision)
-    if full:
-        results.insert(1, results[0].new_empty(len(results[0]), 0))
-    xx, xh, xv, hh, hv, vv = results
-    return xx, xh, xv, hh, hv, vv
+    made, read = ConvGeometry.unpack(producer), ConvGeometry.unpack(consumer)
+    call = Call(x, h, v, made, read, kernel, x_bias, h_bias, precision)
+    return call.six(_moments(engine, call.plan(), (x, h, v), precision))
 
 
 def linear_residual(
@@ -115,7 +155,7 @@ def linear_residual(
     with torch.cuda.device_of(x):
         us, left = _read(engine, x, h, v, update, one, h_bias, precision)
         draws = _draws(signs, x)
-        table = _schedule(engine, plan, x, len(draws), False, precision)
+        table = _schedule(engine, plan, left, len(draws), False, precision)
         workspace = x.new_empty(table.elements, dtype=torch.float32)
         engine.correlate(us, _sides(left, left, left), workspace, table, precision, draws)
         engine.reduce(workspace, table)
@@ -146,7 +186,7 @@ def conv2d_residual(
         us, left = _read(engine, x, h, v, update, read, h_bias, precision)
         draws = _draws(signs, x)
         if len(draws) == 1:
-            table = _schedule(engine, plan, x, 1, False, precision)
+            table = _schedule(engine, plan, left, 1, False, precision)
             workspace = x.new_empty(table.elements, dtype=torch.float32)
             engine.correlate(us, _sides(left, left, left), workspace, table, precision, None)
             engine.reduce(workspace, table)
@@ -157,12 +197,95 @@ def conv2d_residual(
         for start in range(0, len(x), step):
             some = slice(start, start + step)
             part = left._replace(data=left.data[some])
-            table = _schedule(engine, plan, x[some], 1, True, precision)
+            table = _schedule(engine, plan, part, 1, True, precision)
             workspace = x.new_empty(table.elements, dtype=torch.float32)
             sides = [each._replace(data=each.data[some]) for each in us[:3]]
             engine.correlate(_sides(*sides), _sides(part, part, part), workspace, table, precision, None)
             sums.addmm_(draws[:, some], workspace.view(len(part.data), slots))
         return _residuals(engine, plan, table, sums)
+
+
+def grouped_moments(engine: Any, calls: Sequence[Call]) -> list[Six]:
+    """Sum the moments of several sites: those of one dtype and about one width in one launch of each kernel."""
+    results: list[Six | None] = [None] * len(calls)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    capturing = _capturing()
+    for number, call in enumerate(calls):
+        plan = call.plan()
+        if capturing or _plain(call.x) or any(_far(tensor) for tensor in call[:3]):
+            results[number] = call.alone(engine)
+        else:
+            tiles = engine.tiles(plan, call.x.dtype, call.precision, call.x.device)
+            key = (call.x.device, call.x.dtype, call.precision, tiles)
+            groups.setdefault(key, []).append(number)
+    for (*_, tiles), members in groups.items():
+        for number, six in zip(members, _group(engine, [calls[n] for n in members], tiles), strict=True):
+            results[number] = six
+    return [six for six in results if six is not None]
+
+
+def serve(engine: Any, backend: str) -> None:
+    """Register the ops with the kernels of an engine as those of a backend."""
+    for op in (linear_moments, linear_residual, conv2d_moments, conv2d_residual, grouped_moments):
+        register(op.__name__, backend)(functools.partial(op, engine))
+
+
+def _group(engine: Any, calls: Sequence[Call], tiles: Tiles) -> list[Six]:
+    x, precision = calls[0].x, calls[0].precision
+    with torch.cuda.device_of(x):
+        plans = tuple(call.plan() for call in calls)
+        copies: list[tuple[int, ...]] = []
+        programs, sides = 0, []
+        for call in calls:
+            for tensor in call[:3]:
+                rows, copy = _place(tensor)
+                if copy:
+                    copies.append((programs, *copy))
+                    programs += -(-copy[2] // PACK_PIXELS) * -(-copy[4] // PACK_CHANNELS)
+                sides.append(rows)
+            sides.append(Rows(_ones(x.dtype, x.device), ONES, ONES))
+        align = alignment(*sides)
+        shapes = [shape for plan in plans for shape in plan.shapes]
+        results = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        # Addresses go over in one copy.
+        numbers = [*itertools.chain(*copies)]
+        numbers += itertools.chain(*((s.data.data_ptr(), s.pitch // align, s.channels // align) for s in sides))
+        numbers += [result.data_ptr() for result in results]
+        table = torch.tensor(numbers, dtype=torch.int64, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
+        where = [len(copies) * COPY_FIELDS, len(sides) * 3, len(results)]
+        packing, sources, targets = table.split(where)
+        engine.pack(packing.view(-1, COPY_FIELDS), programs, x)
+        images = tuple(len(call.x) for call in calls)
+        plan = schedule(plans, images, 1, False, tiles, _processors(x.device), SPLITS_ELEMENTS, x.device)
+        workspace = x.new_empty(plan.elements, dtype=torch.float32)
+        engine.correlate_group(sources, sides[-1], workspace, plan, precision, align)
+        engine.reduce(workspace, plan)
+        engine.assemble_group(workspace[None, : plan.slots], plan, targets)
+        found = iter(results)
+        return [call.six([next(found) for _ in each.shapes]) for call, each in zip(calls, plans, strict=True)]
+
+
+def _place(tensor: Tensor) -> tuple[Rows, tuple[int, ...]]:
+    """Give the rows of a tensor, and what to copy there first if they are new: a row of COPY_FIELDS but its first."""
+    if tensor.ndim == 2:
+        return _rows(tensor), ()
+    images = tensor.permute(0, 2, 3, 1)
+    pitch = tensor.shape[1] + -tensor.shape[1] % (16 // tensor.itemsize)
+    if pitch == tensor.shape[1] and images.is_contiguous() and images.data_ptr() % 16 == 0:
+        return Rows(images, pitch, pitch), ()
+    rows = Rows(images.new_empty(*images.shape[:3], pitch), pitch, pitch)
+    area, width = tensor.shape[2] * tensor.shape[3], tensor.shape[3]
+    sizes = len(tensor) * area, tensor.shape[1], pitch, area, width
+    return rows, (tensor.data_ptr(), rows.data.data_ptr(), *sizes, *tensor.stride())
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _far(tensor: Tensor) -> bool:
+    """Whether an element lies further than 32 bits reach."""
+    return sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**30
 
 
 def _plain(x: Tensor) -> bool:
@@ -185,7 +308,7 @@ def _moments(engine: Engine, plan: Plan, tensors: Sequence[Tensor], precision: s
     with torch.cuda.device_of(x):
         x_rows, h_rows, v_rows = (_rows(each) for each in tensors)
         sides = _sides(x_rows, h_rows, v_rows)
-        table = _schedule(engine, plan, x, 1, False, precision)
+        table = _schedule(engine, plan, v_rows, 1, False, precision)
         workspace = x.new_empty(table.elements, dtype=torch.float32)
         engine.correlate(sides, sides, workspace, table, precision, None)
         engine.reduce(workspace, table)
@@ -204,13 +327,13 @@ def _residuals(engine: Engine, plan: Plan, table: Schedule, sums: Tensor) -> Thr
     return xr.squeeze(0), xr_null, hr_null[0] if hr_null else sums.new_empty(len(sums) - 1, 0, targets)
 
 
-def _schedule(engine: Engine, plan: Plan, x: Tensor, draws: int, per_image: bool, precision: str) -> Schedule:
-    tiles = engine.tiles(plan, x.dtype, precision, x.device)
-    images = len(x)
+def _schedule(engine: Engine, plan: Plan, v: Rows, draws: int, per_image: bool, precision: str) -> Schedule:
+    device, images = v.data.device, len(v.data)
+    tiles = engine.tiles(plan, v.data.dtype, precision, device)
     outside = sum(images * c * h * w for c, (h, w) in zip(plan.channels, plan.sizes, strict=True))
     outside += draws * sum(height * width for height, width in plan.shapes)
     most = max(SPLITS_ELEMENTS, outside // 4)
-    return schedule(plan, images, draws, per_image, tiles, _processors(x.device), most, x.device)
+    return schedule((plan,), (images,), draws, per_image, tiles, _processors(device), most, device)
 
 
 @functools.cache
@@ -245,14 +368,14 @@ def _rows(tensor: Tensor) -> Rows:
 
 def _sides(x: Rows, h: Rows, v: Rows) -> list[Rows]:
     """List the sources of products, with the ones last."""
-    whole = 16 // x.data.itemsize
-    return [x, h, v, Rows(_ones(x.data.dtype, x.data.device), whole, whole)]
+    return [x, h, v, Rows(_ones(x.data.dtype, x.data.device), ONES, ONES)]
 
 
 @functools.cache
 def _ones(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a row of 16 elements: a one, then zeros."""
-    return torch.eye(1, 16, dtype=dtype)[0].to(device)
+    """Make a row of a one, then zeros."""
+    refuse_capture(device)
+    return torch.eye(1, ONES, dtype=dtype)[0].to(device)
 
 
 def _read(

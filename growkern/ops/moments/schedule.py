@@ -68,16 +68,23 @@ class Schedule:
 
 @functools.lru_cache(maxsize=512)
 def schedule(
-    plan: Plan, images: int, draws: int, per_image: bool, tiles: Tiles, processors: int, most: int, device: torch.device
+    plans: tuple[Plan, ...],
+    images: tuple[int, ...],
+    draws: int,
+    per_image: bool,
+    tiles: Tiles,
+    processors: int,
+    most: int,
+    device: torch.device,
 ) -> Schedule:
-    """Lay a plan out.
+    """Lay plans out for one launch.
 
     Parameters
     ----------
-    plan : Plan
-        What to correlate and how to combine it.
-    images : int
-        Number of images, or rows of matrices.
+    plans : tuple of Plan
+        What to correlate and how to combine it. The sources and results of the second follow those of the first.
+    images : tuple of int
+        Number of images, or rows of matrices, of each.
     draws : int
         How often to sum every product, each time under another draw of signs.
     per_image : bool
@@ -95,18 +102,22 @@ def schedule(
     -------
     Schedule
         The tables.
+
     """
-    count = len(plan.products)
-    extents = np.array([plan.extent(number) for number in range(count)], np.int64).reshape(count, 2)
-    areas = np.array([p.rows.length * p.columns.length for p in plan.products], np.int64)
-    sizes, positions = extents.prod(1), areas * images
+    refuse_capture(device)
+    products = [(i, product) for i, plan in enumerate(plans) for product in plan.products]
+    count = len(products)
+    extents = np.array([plan.extent(p) for plan in plans for p in range(len(plan.products))], np.int64)
+    extents = extents.reshape(count, 2)
+    areas = np.array([p.rows.length * p.columns.length for _, p in products], np.int64)
+    sizes, positions = extents.prod(1), areas * np.array([images[i] for i, _ in products], np.int64)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     slots = int(offsets[-1])
-    symmetric = np.array([p.u == p.v and _same(p.rows) and _same(p.columns) for p in plan.products], bool)
+    symmetric = np.array([p.u == p.v and _same(p.rows) and _same(p.columns) for _, p in products], bool)
     grid = [_grid(extents[number], symmetric[number], tiles) for number in range(count)]
     if per_image:
         lengths, stride = areas, np.full(count, slots)
-        splits, targets, elements = np.full(count, images), offsets[:-1], slots * images
+        splits, targets, elements = np.full(count, images[0]), offsets[:-1], slots * images[0]
     else:
         work = sum(len(each) * k for each, k in zip(grid, positions, strict=True)) * draws
         length = max(SHORTEST, -(-work // max(1, processors * tiles.programs)))
@@ -124,25 +135,15 @@ def schedule(
     rows, items, sums = [], [], []
     spare = int(np.where(splits > 1, splits * sizes, 0).sum())
     for draw in range(draws):
-        for number, product in enumerate(plan.products):
+        for number, (owner, product) in enumerate(products):
             split = not per_image and splits[number] > 1
             target = int(targets[number]) + draw * (spare if split else slots)
-            rows.append(
-                (
-                    *(product.u, product.v, *extents[number]),
-                    *(
-                        areas[number],
-                        product.columns.length,
-                        positions[number],
-                        lengths[number],
-                        target,
-                        stride[number],
-                    ),
-                    *_walk(product, plan.sizes[product.u], 0),
-                    *_walk(product, plan.sizes[product.v], 1),
-                    *(draw, symmetric[number]),
-                )
-            )
+            where = product.rows.length * product.columns.length, product.columns.length
+            sums_of = positions[number], lengths[number], target, stride[number]
+            plan, first = plans[owner], owner * len(plans[owner].channels)
+            walks = _walk(product, plan.sizes[product.u], 0) + _walk(product, plan.sizes[product.v], 1)
+            sources = first + product.u, first + product.v
+            rows.append((*sources, *extents[number], *where, *sums_of, *walks, draw, symmetric[number]))
             table = np.empty((splits[number], len(grid[number]), 4), np.int32)
             table[..., 0] = draw * count + number
             table[..., 1:3] = grid[number]
@@ -157,7 +158,7 @@ def schedule(
     # Programs that run at the same time should read the same positions; the short ones fill the gaps at the end.
     small = np.minimum(lengths, positions)[tables[:, 0] % max(1, count)] < lengths.max(initial=1)
     tables = tables[np.lexsort((tables[:, 3], small))]
-    regions, starts, terms, weights, programs = _assembly(plan, offsets, extents)
+    regions, starts, terms, weights, programs = _assembly(plans, offsets, extents)
 
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -175,6 +176,12 @@ def schedule(
         tiles=tiles,
         programs=programs,
     )
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise a RuntimeError while a CUDA graph is captured: what stays must be made before, by a first call."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("moments: run once with these shapes before capturing a CUDA graph: tables are made then")
 
 
 def _same(piece: Piece) -> bool:
@@ -201,7 +208,7 @@ def _joined(tables: list[np.ndarray], width: int, dtype: type) -> np.ndarray:
 
 
 def _assembly(
-    plan: Plan, offsets: np.ndarray, extents: np.ndarray
+    plans: tuple[Plan, ...], offsets: np.ndarray, extents: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
     """Tabulate how slots make results.
 
@@ -220,24 +227,27 @@ def _assembly(
         How many tiles there are.
     """
     regions, terms, weights, starts, first = [], [], [], [0], 0
-    for region in plan.regions:
-        pitch = plan.shapes[region.result][1]
-        height, width = region.u_channels * region.u_taps, region.v_channels * region.v_taps
-        corner = region.first_row * pitch + region.first_column
-        most = max(map(len, region.blocks), default=0)
-        regions.append(
-            (
-                *(first, region.result, corner, pitch, height, region.u_taps, width, region.v_taps),
-                *(len(starts) - 1, most, plan.shapes[region.result][0] * pitch),
+    first_result = first_product = 0
+    for plan in plans:
+        for region in plan.regions:
+            rows, pitch = plan.shapes[region.result]
+            height, width = region.u_channels * region.u_taps, region.v_channels * region.v_taps
+            corner = region.first_row * pitch + region.first_column
+            most = max(map(len, region.blocks), default=0)
+            taps = (height, region.u_taps, width, region.v_taps)
+            regions.append(
+                (first, first_result + region.result, corner, pitch, *taps, len(starts) - 1, most, rows * pitch)
             )
-        )
-        first += -(-height // ASSEMBLE_ROWS) * -(-width // ASSEMBLE_COLUMNS)
-        for block in region.blocks:
-            for term in block:
-                pitches = (int(extents[term.product][1]), 1)
-                terms.append([int(offsets[term.product]), *(pitches[::-1] if term.transposed else pitches)])
-                weights.append(term.weight)
-            starts.append(len(terms))
+            first += -(-height // ASSEMBLE_ROWS) * -(-width // ASSEMBLE_COLUMNS)
+            for block in region.blocks:
+                for term in block:
+                    product = first_product + term.product
+                    steps = (int(extents[product][1]), 1)
+                    terms.append((int(offsets[product]), *(steps[::-1] if term.transposed else steps)))
+                    weights.append(term.weight)
+                starts.append(len(terms))
+        first_result += len(plan.shapes)
+        first_product += len(plan.products)
     return (
         np.array(regions, np.int64).reshape(-1, REGION_FIELDS),
         np.array(starts, np.int32),

@@ -1,0 +1,173 @@
+"""Compile the Triton kernels as the bench rows of tests/cases.py launch them, for GPUs that need not be here.
+
+python bench/triton_compiled.py [--only TEXT ...] [--targets NAME ...] tells registers, spills, shared memory and
+matrix instructions, fails on a spill, and writes bench/results/triton-compiled.json where nothing is left out.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from growkern.ops.moments import Call, _triton, gpu
+from growkern.ops.moments import triton as engine
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from cases import Conv2dCase, LinearCase, cases  # noqa: E402
+
+TARGETS = {
+    **{f"sm_{version}": GPUTarget("cuda", version, 32) for version in (80, 90, 100)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program may take
+MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async|mma\.sync", "sm_100": r"tcgen05\.mma|mma\.sync"}
+MATRIX["gfx942"] = r"v_mfma"
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64"}
+KERNELS = {_triton: [f"{name}_kernel" for name in ("pack", "correlate", "reduce", "assemble", "subtract")]}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def recorded(launches: list[Launch]) -> Iterator[None]:
+    """Note down what would be launched."""
+
+    def recorder(kernel: Any) -> Any:
+        class Recorder:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                return lambda *arguments, **named: launches.append((kernel, arguments, named))
+
+        return Recorder()
+
+    with ExitStack() as stack:
+        for module, names in KERNELS.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, recorder(getattr(module, name))))
+        yield
+
+
+def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile for a launch: types, multiples of 16 and ones among the arguments."""
+    kernel, arguments, named = launch
+    signature: dict[str, str] = {}
+    constants = {name: value for name, value in named.items() if name not in OPTIONS}
+    aligned = {}
+    for position, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            aligned[position,] = [["tt.divisibility", 16]]
+        elif value == 1:
+            signature[name] = "constexpr"
+            constants[name] = 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned[position,] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(named.keys() - set(OPTIONS), "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned), {
+        name: value for name, value in named.items() if name in OPTIONS
+    }
+
+
+def resources(target: str, compiled: Any) -> tuple[int, int]:
+    """Registers per thread, and bytes or registers that were spilled to memory."""
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        found = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
+        return found["vgpr_count"], found["vgpr_spill_count"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout).groups())
+    return registers, stack + local
+
+
+def launched(case: Conv2dCase | LinearCase, dtype: torch.dtype, precision: str, target: str) -> list[Launch]:
+    """What a call of the case launches; its tensors have no memory."""
+    arguments, named = case.arguments(dtype, device="meta")
+    launches: list[Launch] = []
+    amd = target.startswith("gfx")
+    kind = "hip" if amd else f"capability {int(target[3:]) // 10}"
+    with (
+        recorded(launches),
+        mock.patch.object(engine, "gpu_of", return_value=("", kind)),
+        mock.patch.object(torch.version, "hip", "7" if amd else None),
+    ):
+        update = arguments[3:]
+        flags = {"x_bias": case.x_bias, "h_bias": case.h_bias, "precision": precision}
+        if update:
+            flags["signs"] = named["signs"]
+        if isinstance(case, Conv2dCase):
+            flags |= {"producer": case.producer.pack(), "consumer": case.consumer.pack(), "kernel": case.kernel}
+        getattr(gpu, case.op)(engine, *arguments, **flags)
+        if case.op == "conv2d_moments":
+            call = Call(*arguments, case.producer, case.consumer, case.kernel, precision=precision)
+            gpu.grouped_moments(engine, [call] * 3)
+    return launches
+
+
+def measure(launch: Launch, target: str) -> dict[str, Any]:
+    src, options = source(launch)
+    compiled = triton.compile(src, target=TARGETS[target], options=options)
+    registers, spilled = resources(target, compiled)
+    text = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
+    row = {
+        "kernel": launch[0].__name__.removesuffix("_kernel"),
+        "target": target,
+        **{name: str(value).removeprefix("triton.language.") for name, value in launch[2].items()},
+        "registers": registers,
+        "spilled": spilled,
+        "shared": compiled.metadata.shared,
+        "matrix instructions": len(re.findall(MATRIX[target], text)),
+    }
+    assert not spilled, row
+    assert row["shared"] <= SHARED[target], row
+    assert row["matrix instructions"] or row["kernel"] in ("pack", "reduce", "assemble"), row
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of cases")
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    chosen = parser.parse_args()
+    ops = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
+    rows: dict[str, dict[str, Any]] = {}
+    for target in chosen.targets:
+        for case in cases(*ops, size="bench"):
+            if not any(text in str(case) for text in chosen.only):
+                continue
+            for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
+                for launch in launched(case, dtype, precision, target):
+                    src, options = source(launch)
+                    key = f"{launch[0].__name__} {src.signature} {src.constants} {src.attrs} {options} {target}"
+                    if key not in rows:
+                        rows[key] = measure(launch, target)
+                        print(*rows[key].values(), flush=True)
+    if chosen.only == [""] and chosen.targets == list(TARGETS):
+        lines = ",\n".join(json.dumps(row) for row in rows.values())
+        path = ROOT / "bench" / "results" / "triton-compiled.json"
+        path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

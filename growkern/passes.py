@@ -1,0 +1,185 @@
+"""Forward and backward passes over the batches, on which sites are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkern import distributed
+from growkern.eval_mode import evaluating, same_draws
+from growkern.probe import LossFn, Probe
+from growkern.sites import GrowthSite, find_sites, logger, resolve
+
+_TOGETHER_BYTES = 64 * 2**20  # of x, h and v that sites measured in one go may hold
+
+
+@dataclass
+class Passes:
+    """Forward and backward passes over the batches; every call of a method draws the same random numbers."""
+
+    model: nn.Module
+    batches: Sequence[tuple[Any, Any]]
+    loss_fn: LossFn
+    reduction: str = "mean"
+    group: torch.distributed.ProcessGroup | None = None
+    batch_dim: int = 0
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.model)
+        if self.total(int(not self.batches)):
+            raise ValueError("batches: expected at least one (input, target) pair in every process, got none")
+
+    def total(self, number: int) -> int:
+        """Sum of one integer over the processes of the group."""
+        return distributed.total(number, self.group, self.device)
+
+    def sweep(
+        self, probes: Mapping[str, Probe], measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Run every batch once; return the sums of what `measure(probes, batch size)` gives, by site and name."""
+        sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
+        failure: Exception | None = None
+        try:
+            with same_draws(self.model):
+                for number, batch in enumerate(self.batches if probes else ()):
+                    self._measure(number, batch, probes, measure, sums)
+        except Exception as error:  # the other processes of a group wait for this one
+            failure = error
+        failed = self.total(int(failure is not None))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise ValueError("batches: another process of the group failed to measure; it says why")
+        flat = {(name, key): value for name, values in sums.items() for key, value in values.items()}
+        distributed.all_sum(flat.values(), self.group)
+        bad = [f"{key} of site {name!r}" for (name, key), value in flat.items() if not value.isfinite().all()]
+        if bad:
+            raise ValueError(f"batches: {', '.join(bad)} is not finite; look for NaN or Inf in the inputs and weights")
+        return sums
+
+    def reached(self, sites: Sequence[GrowthSite]) -> list[GrowthSite]:
+        """Sites that the loss of the first batch sends a gradient to."""
+        probes = [Probe(self.model, site, "full", self.batch_dim) for site in sites]
+        with evaluating(self.model), torch.enable_grad(), ExitStack() as hooks:
+            for probe in probes:
+                hooks.enter_context(probe.watching())
+                probe.forget(listen=True)
+            loss, _ = self._forward(self.batches[0])
+            edges = [(site, probe.edge()) for site, probe in zip(sites, probes, strict=True) if probe.reached]
+            found = torch.autograd.grad(loss, [edge for _, edge in edges], allow_unused=True) if edges else ()
+        return [site for (site, _), gradient in zip(edges, found, strict=True) if gradient is not None]
+
+    def loss(self) -> float:
+        """Loss over the batches: their mean, weighted by length, or their sum."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with same_draws(self.model), torch.no_grad():
+            for batch in self.batches:
+                args, target = to_device(batch, self.device)
+                rows = self._rows(args) if self.reduction == "mean" else 1
+                loss = self.loss_fn(self.model(*args), target)
+                sums += torch.stack([loss.double().reshape(()) * rows, sums.new_tensor(rows)])
+        distributed.all_sum([sums], self.group)
+        return float(sums[0] / sums[1] if self.reduction == "mean" else sums[0])
+
+    def _measure(
+        self,
+        number: int,
+        batch: tuple[Any, Any],
+        probes: Mapping[str, Probe],
+        measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]],
+        sums: dict[str, dict[str, Tensor]],
+    ) -> None:
+        for probe in probes.values():
+            probe.forget(listen=True)
+        loss, batch_size = self._forward(batch)
+        if not loss.isfinite():
+            raise ValueError(f"loss_fn: gave {loss.item()} on batch {number}; nothing was measured")
+        # Scaled up front, by a power of two, so that half precision neither underflows nor rounds on the way back.
+        seed = float(2 ** (min(batch_size, 2**12).bit_length() - 1))
+        edges = [probe.edge() for probe in probes.values()]
+        gradients = torch.autograd.grad(loss, edges, torch.full_like(loss, seed), allow_unused=True)
+        together: list[Probe] = []
+        for number, ((name, probe), gradient) in enumerate(zip(probes.items(), gradients, strict=True), 1):
+            try:
+                probe.receive(gradient, batch_size, seed, self.reduction == "mean")
+            except ValueError as error:
+                raise ValueError(f"site {name!r}: {error}") from None
+            together.append(probe)
+            held = sum(operand.nbytes for each in together for operand in each.operands)
+            if number < len(probes) and held < _TOGETHER_BYTES:
+                continue
+            for each, measured in zip(together, measure(together, batch_size), strict=True):
+                total = sums[each.site.name]
+                for key, value in measured.items():
+                    total[key] = total[key].add_(value) if key in total else value
+                each.release()
+            together.clear()
+
+    def _forward(self, batch: tuple[Any, Any]) -> tuple[Tensor, int]:
+        args, target = to_device(batch, self.device)
+        loss = self.loss_fn(self.model(*args), target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
+        if not loss.requires_grad:
+            raise ValueError("loss_fn: no gradient flows from the loss to the model; is everything frozen?")
+        if not (rows := self._rows(args)):
+            raise ValueError("batches: expected samples in every batch, got an empty one")
+        return loss, rows
+
+    def _rows(self, args: tuple[Any, ...]) -> int:
+        """Images or sequences of a batch: the size of its first tensor along the batch dimension."""
+        for tensor in _leaves(args):
+            return tensor.shape[self.batch_dim]
+        raise ValueError("batches: expected a tensor among the inputs of the model, got none")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of a model's first parameter; a model without any is a ValueError."""
+    for parameter in model.parameters():
+        return parameter.device
+    raise ValueError(f"model: {type(model).__name__} has no parameters, so nothing in it can grow")
+
+
+def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[tuple[Any, ...], Any]:
+    """Arguments of the model, and the target, of one (input, target) pair, on a device; else a ValueError."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"batches: expected (input, target) pairs, got {type(batch).__name__}")
+    args, target = (_moved(part, device) for part in batch)
+    return tuple(args) if isinstance(args, tuple | list) else (args,), target
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors on a device, also those in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return type(value)({key: _moved(each, device) for key, each in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_moved(each, device) for each in value)
+    return value
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """Tensors with a batch dimension, also those in tuples, lists and dicts."""
+    if isinstance(value, Tensor) and value.dim():
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+
+
+def reachable_sites(passes: Passes, kernel: str) -> list[GrowthSite]:
+    """Sites of a model that the loss sends a gradient to, and to which `kernel` applies; the others are logged."""
+    found = find_sites(passes.model, to_device(passes.batches[0], passes.device)[0])
+    if kernel == "center":
+        found = [site for site in found if not resolve(passes.model, site).between.flatten]
+    reached = passes.reached(found)
+    for site in set(found) - set(reached):
+        logger.info("%s is left out: no gradient of the loss reaches it", site)
+    return reached

@@ -1,0 +1,170 @@
+"""The Triton kernels of the moments where there is no GPU: interpreted on the CPU, and compiled for others."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import TOLERANCES, cases, error, to_double
+
+from growkern.backend import INTERPRETED, use_backend
+from growkern.ops import ConvGeometry
+from growkern.ops.moments import Call, gpu, grouped_moments, schedule
+
+ROOT = Path(__file__).parents[1]
+OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+# Every layout, dtype and border; few large kernels, as the interpreter takes 10 ms for one program.
+CHOSEN = (
+    "linear or moments-3xd73-full-torch.float32 or last-center-torch.bfloat16 or strided-center or beyond"
+    " or square-center or (then and full) or (of and center) or images or xd71-center or xd72"
+    " or draws-center".replace("xd7", "\\xd7")
+)
+
+
+def python(*arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_the_cases_of_the_table_in_the_interpreter():
+    here = ("tests/test_ops_moments.py", "tests/test_triton_moments.py")
+    tests = python("-m", "pytest", "-q", *here, "-k", f"(triton and ({CHOSEN})) or interpreted", TRITON_INTERPRET="1")
+    assert "conv2d_moments: has triton" in tests
+    assert "skipped" not in tests
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_the_kernels_compile_without_spills_and_with_matrix_instructions():
+    """bench/triton_compiled.py fails on a kernel that spills, takes too much shared memory or multiplies by hand."""
+    rows = python("bench/triton_compiled.py", "--only", "64ch 32² B=128-full", "width 32").splitlines()
+    kernels = {tuple(row.split()[:2]) for row in rows}
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    assert kernels == {(k, t) for k in ("correlate", "assemble", "reduce", "subtract") for t in targets}
+
+
+# Inside the interpreter.
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="only in the interpreter, in a process of its own")
+SAMPLES = [case for case in cases(*OPS) if case.name in ("no bias", "1×1-center", "stride beyond kernel-full")]
+
+
+def run(case, precision="ieee"):
+    arguments, named = case.arguments(torch.float32, seed=2)
+    with use_backend("triton"):
+        return case.function(*arguments, **named, precision=precision)
+
+
+def expected(case):
+    arguments, named = to_double(case.arguments(torch.float32, seed=2))
+    with use_backend("reference"):
+        return case.function(*arguments, **named)
+
+
+@pytest.fixture
+def many_splits(monkeypatch):
+    """Splits of 32 positions at least, as many as 50 programs call for."""
+    schedule.schedule.cache_clear()
+    monkeypatch.setattr(schedule, "SHORTEST", 32)
+    monkeypatch.setattr(gpu, "_processors", lambda device: 50)
+    yield
+    schedule.schedule.cache_clear()
+
+
+@interpreted
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_interpreted_splits_are_added_up_in_one_order(case, many_splits):
+    one, other = run(case), run(case)
+    for first, second, right in zip(one, other, expected(case), strict=True):
+        assert torch.equal(first, second)
+        assert error(first, right) <= TOLERANCES[torch.float32]
+
+
+@interpreted
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_interpreted_offsets_of_64_bits_change_nothing(case, monkeypatch):
+    from growkern.ops.moments import triton
+
+    narrow = run(case)
+    monkeypatch.setattr(triton, "_wide", lambda *sides: True)
+    assert all(torch.equal(*pair) for pair in zip(narrow, run(case), strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("case", SAMPLES[::2], ids=str)
+def test_interpreted_tf32_is_the_same_sum(case):
+    """The interpreter multiplies in float32 whatever it is asked for, so only the way of the data differs."""
+    for one, right in zip(run(case, "tf32"), expected(case), strict=True):
+        assert error(one, right) <= TOLERANCES[torch.float32]
+
+
+@interpreted
+def test_interpreted_images_in_chunks_add_up(monkeypatch):
+    case = next(case for case in cases("conv2d_residual") if case.name == "1×1-center")
+    whole = run(case)
+    monkeypatch.setattr(gpu, "PER_IMAGE_BYTES", 1)
+    for one, other in zip(whole, run(case), strict=True):
+        assert error(one, other.double()) <= TOLERANCES[torch.float32]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreted_sites_of_a_group_get_what_they_get_alone(dtype):
+    """Matrices and maps, NCHW, channels_last and strided, with and without room to fill up, of several widths."""
+    names = ("no bias", "strided", "1×1-full", "1×1-center", "3×3 then 1×1-full", "no images-full", "no draws-full")
+    chosen = [case for case in cases("linear_moments", "conv2d_moments") if case.name in names]
+    chosen.append(replace(chosen[2], layout="channels_last", channels=(8, 16, 40)))
+    assert len(chosen) == len(names) + 1
+    calls = []
+    for case in chosen:
+        (x, h, v), named = case.arguments(dtype, seed=3)
+        calls.append(Call(x, h, v, **named))
+    double = [call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double()) for call in calls]
+    with use_backend("triton"):
+        out = grouped_moments(calls)
+    with use_backend("reference"):
+        right = grouped_moments(double)
+    for case, sums, expected_sums in zip(chosen, out, right, strict=True):
+        for one, other in zip(sums, expected_sums, strict=True):
+            assert error(one, other) <= TOLERANCES[dtype], case
+
+
+@interpreted
+def test_interpreted_groups_take_a_handful_of_launches(monkeypatch):
+    from growkern.ops.moments import _triton
+
+    launches = []
+    for name in ("pack_kernel", "correlate_kernel", "reduce_kernel", "assemble_kernel"):
+        kernel = getattr(_triton, name)
+        monkeypatch.setattr(_triton, name, Counted(kernel, launches))
+    calls = [Call(*torch.randn(3, 20, 8, 1, 1).unbind(), ConvGeometry(1), ConvGeometry(1)) for _ in range(20)]
+    with use_backend("triton"):
+        grouped_moments(calls)
+    assert len(launches) <= 4
+
+
+class Counted:
+    """A kernel that notes its launches down."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
