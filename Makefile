@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml Makefile setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install $(TORCHVISION) --no-deps
 	$(BIN)/pip install setuptools wheel ninja pybind11
-	$(BIN)/pip install --no-build-isolation -e .[test,demo,docs]
+	$(BIN)/pip install --no-build-isolation -e .[test,demo,docs,gromo]
 	touch $@
 
 demo: $(STAMP)
