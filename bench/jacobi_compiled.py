@@ -5,41 +5,18 @@ python bench/jacobi_compiled.py [--sides N ...] writes bench/results/jacobi-comp
 
 import argparse
 import json
-import re
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_compiled import SHARED, TARGETS, resources
 
 from growkern.ops.jacobi import _triton
 from growkern.ops.jacobi import triton as launchers
 
-TARGETS = {
-    **{f"sm_{version}": GPUTarget("cuda", version, 32) for version in (80, 90, 100)},
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program may take
 TYPES = {torch.float32: "fp32", torch.float64: "fp64"}
 POINTERS = {"eigh": ("a_ptr", "w_ptr", "q_ptr"), "svd": ("a_ptr", "u_ptr", "s_ptr", "vh_ptr")}
-
-
-def resources(target: str, compiled: object) -> tuple[int, int]:
-    """Registers per thread, and bytes or registers that were spilled to memory."""
-    if target.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        found = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
-        return found["vgpr_count"], found["vgpr_spill_count"]
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout).groups())
-    return registers, stack + local
 
 
 def measure(op: str, rows: int, columns: int, dtype: torch.dtype, target: str) -> dict[str, object]:

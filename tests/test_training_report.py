@@ -57,11 +57,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
         train(Settings(**PLAN, seed=seed, name="grown <b>"), root / f"grown{seed}")
         train(Settings(**PLAN, seed=seed, method="none", name="tiny"), root / f"tiny{seed}")
+    torch.set_num_threads(threads)
     return sorted(root.iterdir())
 
 
