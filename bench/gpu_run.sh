@@ -48,6 +48,8 @@ step ops-triton "$(left 120)" python3 -m pytest -q --durations=5 $on_gpu -k trit
 step bench "$(left 130)" python3 bench/gpu_native.py "$out" --seconds 110 || failed=1
 cp "$logs/bench" "$out/gpu-native.txt"
 step sites "$(left 60)" python3 bench/sites.py --out "$out/sites.json" || failed=1
+step tune "$(left 60)" growkern tune --widths 64,256 || true # what was found within the time counts
+cp "$logs/tune" "$out/tune.txt"
 
 # The suite is mostly work for the CPU: one process for each file.
 seconds=$(left 270)

@@ -115,3 +115,26 @@ def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 2
     assert "expected a GPU" in capsys.readouterr().err
+
+
+def test_the_command_keeps_what_it_found_before_it_was_stopped(monkeypatch, capsys):
+    from growkern import backend
+    from growkern.ops.moments import tune
+    from growkern.training import cli
+
+    def found(device, widths):
+        assert widths == (64, 256)
+        yield entry(64) | {"ms": 1.5, "before": 2.25}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
+    monkeypatch.setattr(tiles, "gpu_of", lambda device: GPU)
+    monkeypatch.setattr(tune, "tune", found)
+    monkeypatch.setattr("sys.argv", ["growkern", "tune", "--widths", "64,256"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert "64 channels: 1.500 ms, 2.250 before; 64×32×16, 4 warps" in capsys.readouterr().out
+    assert tiles.choose(GPU, "map", "ieee", 64) == MINE

@@ -239,16 +239,15 @@ def tune(
         raise ValueError("tune: expected a GPU and Triton, found none here; growkern doctor says more")
     from growkern.ops.moments import tiles, tune
 
-    device, entries = torch.device("cuda", torch.cuda.current_device()), []
-    table = Table("sources", "operands", "channels", "ms", "ms before", "tiles")
+    device = torch.device("cuda", torch.cuda.current_device())
+    path = tiles.tuned_path()
     for entry in tune.tune(device, numbers):
-        times = f"{entry.pop('ms'):.3f}", f"{entry.pop('before'):.3f}"
+        ms, before = entry.pop("ms"), entry.pop("before")
         shape = "×".join(str(entry["tiles"][name]) for name in ("block_m", "block_n", "block_k"))
-        row = (entry["kinds"][0], entry["operands"], str(entry["width"]), *times)
-        table.add_row(*row, f"{shape}, {entry['tiles']['warps']} warps, {entry['tiles']['stages']} stages")
-        entries.append(entry)
-    out.print(table)
-    say(f"written to {tiles.write_tuned(tiles.gpu_of(device)[0], entries)}")
+        which = f"{entry['kinds'][0]:6} {entry['operands']:4} {entry['width']:4} channels"
+        say(f"{which}: {ms:.3f} ms, {before:.3f} before; {shape}, {entry['tiles']['warps']} warps")
+        path = tiles.write_tuned(tiles.gpu_of(device)[0], [entry])
+    say(f"written to {path}")
 
 
 if __name__ == "__main__":
