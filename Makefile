@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+TRITON ?= triton==3.7.1
 
 BIN := .venv/bin
 STAMP := .venv/.set-up
@@ -12,11 +13,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 setup: $(STAMP)
 
-# torch and torchvision come first and pinned, so that set-up is reproducible.
+# torch, torchvision and triton come first and pinned, so that set-up is reproducible.
 $(STAMP): pyproject.toml Makefile setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install $(TORCHVISION) --no-deps
+	$(BIN)/pip install $(TRITON)
 	$(BIN)/pip install setuptools wheel ninja pybind11
 	$(BIN)/pip install --no-build-isolation -e .[test,demo,docs,gromo]
 	touch $@
