@@ -8,6 +8,7 @@ one, as in `growkern.ops`. What a batch lacks, or what has another form than exp
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
-class Batch:
+class Batch(ABC):
     """What a growing module has stored of the last batch.
 
     Parameters
@@ -102,9 +103,9 @@ class Batch:
             raise NotCovered
         return desired
 
+    @abstractmethod
     def joint(self) -> dict[tuple[int, str], tuple[Tensor, int]]:
         """All statistics of the batch that one op gives, under the id of their module and their name."""
-        raise NotImplementedError
 
 
 class LinearBatch(Batch):
