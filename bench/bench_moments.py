@@ -1,0 +1,111 @@
+"""The second moments and their residual pass: every case, dtype, precision and backend beside PyTorch and gromo."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import baselines
+import peer
+import pytest
+import torch
+import work
+from cases import TOLERANCES, Case, Conv2dCase, cases, error, to_double
+from race import TF32, Race, Way, ceiling_of, described, own_ways, precision
+from race import TOLERANCES as LOOSE
+from torch import Tensor
+
+from growkern.backend import use_backend
+
+OPS = ("conv2d_moments", "linear_moments", "conv2d_residual", "linear_residual")
+LIMIT = {"cpu": 4e11, "cuda": float("inf")}  # operations of a row
+
+
+def rows(size: str, device: str) -> Iterator[Any]:
+    """Single and half precision, on a GPU tf32 too."""
+    for op in OPS:
+        for case in cases(op, size=size):
+            if work.operations(case) > LIMIT[device]:
+                continue
+            for dtype in case.dtypes:
+                if dtype in (torch.float64, torch.float16):
+                    continue
+                for name in ("ieee", "tf32")[: 1 + (dtype == torch.float32 and device == "cuda")]:
+                    side = "residual" in op or getattr(case, "kernel", "") == "center"
+                    late = side or (device == "cpu" and dtype == torch.bfloat16)
+                    text = f"{case}-{str(dtype).removeprefix('torch.')}-{name}"
+                    yield pytest.param(case, dtype, name, id=text, marks=[pytest.mark.later] * late)
+
+
+@pytest.mark.rows.with_args(rows)
+def test_moments(case: Case, dtype: torch.dtype, precision: str, race: Race, device: str) -> None:
+    measure(case, dtype, precision, race, device)
+
+
+def measure(case: Case, dtype: torch.dtype, name: str, race: Race, device: str) -> None:
+    args, named = case.arguments(dtype, device=device)
+    double = to_double((args, named))
+    with use_backend("reference"):
+        expected = case.function(*double[0], **double[1])
+    del double
+    call = partial(case.function, *args, **named, precision=name)
+    loose = TF32 if name == "tf32" else LOOSE[dtype]
+    ways = own_ways(case.op, call, device, TF32 if name == "tf32" else TOLERANCES[dtype])
+    ways += [Way(text, kind, run, loose) for text, kind, run in torch_ways(case, args, named, call)]
+    left_out = {}
+    if case.op.endswith("moments") and dtype == torch.float32 and name == "ieee":
+        left_out = add_gromo(ways, case, args, device, loose)
+    with precision_of(device, name):
+        race(
+            described(case, dtype, name, device),
+            ways,
+            lambda out: max(map(error, out, expected)),
+            operations=work.operations(case),
+            nbytes=work.nbytes(args, named, expected if dtype == torch.float64 else [t.float() for t in expected]),
+            ceiling=ceiling_of(dtype, name),
+            left_out=left_out,
+        )
+
+
+precision_of = precision
+
+
+def torch_ways(
+    case: Case, args: tuple[Tensor, ...], named: dict[str, Any], call: Callable[[], Any]
+) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """What people write first, then what is faster."""
+
+    def reference() -> Any:
+        with use_backend("reference"):
+            return call()
+
+    if case.op == "linear_moments":
+        yield "six products", "users", partial(baselines.six_products, *args, **named)
+        yield "one product", "pytorch", partial(baselines.one_product, *args, **named)
+    elif case.op == "linear_residual":
+        yield "draw by draw", "users", partial(baselines.draw_by_draw, *args, **named)
+        yield "all draws", "pytorch", partial(baselines.all_draws, *args, **named)
+    elif case.op == "conv2d_residual":
+        yield "draw by draw", "users", partial(baselines.residual_by_unfold, *args, **named)
+        yield "by image", "pytorch", partial(baselines.residual_by_unfold, *args, **named, per_image=True)
+    else:
+        yield "unfold", "users", partial(baselines.by_unfold, *args, **named)
+        for engine in ("gradient", "products"):
+            yield f"shifts by {engine}", "pytorch", partial(baselines.by_shifts, *args, **named, engine=engine)
+    if "conv" in case.op:
+        yield "chunks", "pytorch", reference
+
+
+def add_gromo(
+    ways: list[Way], case: Case, args: tuple[Tensor, ...], device: str, tolerance: float
+) -> dict[str, str]:
+    """gromo's classes where they sum the same; why not where they do not."""
+    takes = peer.operations(case)
+    if isinstance(case, Conv2dCase) and case.kernel == "center" and not case.hidden == case.outputs == case.maps:
+        return {"gromo": "its S of growth sums other positions"}
+    if takes > peer.LIMIT[device]:
+        return {"gromo": f"takes {takes / 1e12:,.0f} TFLOP"}
+    try:
+        ways.append(Way("gromo", "gromo", peer.statistics(case, args), tolerance))
+    except ImportError:
+        return {"gromo": "not installed"}
+    return {}
