@@ -8,8 +8,9 @@ import pytest
 import torch
 import work
 from cases import TOLERANCES, Case, cases, error
+from machine import ceiling_of
 from race import TOLERANCES as LOOSE
-from race import Race, Way, ceiling_of, described, own_ways
+from race import Race, Way, described, own_ways
 from torch import Tensor
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 import work
 from cases import TOLERANCES, Case, Conv2dCase, cases, error, to_double
-from race import TF32, Race, Way, ceiling_of, described, own_ways, precision
+from machine import ceiling_of
+from race import TF32, Race, Way, at_precision, described, own_ways
 from race import TOLERANCES as LOOSE
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def measure(case: Case, dtype: torch.dtype, name: str, race: Race, device: str) 
     left_out = {}
     if case.op.endswith("moments") and dtype == torch.float32 and name == "ieee":
         left_out = add_gromo(ways, case, args, device, loose)
-    with precision_of(device, name):
+    with at_precision(device, name):
         race(
             described(case, dtype, name, device),
             ways,
@@ -64,9 +65,6 @@ def measure(case: Case, dtype: torch.dtype, name: str, race: Race, device: str) 
             ceiling=ceiling_of(dtype, name),
             left_out=left_out,
         )
-
-
-precision_of = precision
 
 
 def torch_ways(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from clock import Clock
-from machine import ceiling_of
 
 from growkern.backend import DEVICES, available, use_backend
 
@@ -32,34 +31,30 @@ class Way:
 
 
 def own_ways(op: str, call: Callable[[], Any], device: str, tolerance: float) -> list[Way]:
-    """The backends of an op, the one that "auto" takes first; the reference is one of PyTorch's ways."""
+    """The backends of an op, the one that "auto" takes first; beside others the reference is one of PyTorch's ways."""
 
     def run(backend: str) -> Any:
         with use_backend(backend):
             return call()
 
     names = [each for each in available(op) if each != "reference" and device in DEVICES.get(each, (device,))]
+    names = names or ["reference"]  # the pure package
     return [Way(name, "growkern", lambda name=name: run(name), tolerance) for name in names]
 
 
 @contextmanager
-def precision(device: str, name: str) -> Iterator[None]:
-    """Products and convolutions of PyTorch at the precision of the row, with cuDNN's fastest algorithms."""
+def at_precision(device: str, name: str) -> Iterator[None]:
+    """Products and convolutions of PyTorch at the precision of the row, with the fastest algorithms of cuDNN."""
+    torch.backends.cudnn.benchmark = True
     settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv] if device == "cuda" else []
     before = [each.fp32_precision for each in settings]
     for each in settings:
         each.fp32_precision = name
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=None) if settings else _nothing():
-            yield
+        yield
     finally:
         for each, value in zip(settings, before, strict=True):
             each.fp32_precision = value
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 class Race:
@@ -131,15 +126,20 @@ class Race:
         return took
 
     def in_turns(self, ways: list[Way], estimates: dict[str, float]) -> dict[str, list[float]]:
-        """Times of each way by round. Each has the same share of the time: slow ones are in the first rounds only."""
+        """Times of each way by round. Each has the same share of the time: slow ones are in the first rounds only.
+
+        A way that takes longer than the whole row may is not run again after its check.
+        """
         share = self.budget / len(ways)
         rounds = {}
+        taken: dict[str, list[float]] = {way.name: [] for way in ways}
+        subject, *others = ways
         for way in ways:
             took = max(estimates[way.name], 1e-6)
             least = 3 if took < self.budget / 2 else 1
             rounds[way.name] = max(min(least, self.rounds), min(self.rounds, int(share / took)))
-        subject, *others = ways
-        taken: dict[str, list[float]] = {way.name: [] for way in ways}
+            if took > self.budget and way is not subject:
+                taken[way.name].append(took)
 
         def turn() -> None:
             for way in others:
@@ -186,6 +186,3 @@ def significant(value: float) -> float:
 def described(case: object, dtype: torch.dtype, precision: str, device: str) -> Row:
     op, _, name = str(case).partition("-")
     return {"op": op, "case": name, "dtype": str(dtype).removeprefix("torch."), "precision": precision, "device": device}
-
-
-__all__ = ["Race", "Way", "ceiling_of", "described", "own_ways", "precision"]
