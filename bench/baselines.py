@@ -51,9 +51,7 @@ def draw_by_draw(
     ]
 
 
-def all_draws(
-    x: Tensor, h: Tensor, v: Tensor, update: Tensor, *, signs: Tensor, x_bias: bool, h_bias: bool
-) -> Results:
+def all_draws(x: Tensor, h: Tensor, v: Tensor, update: Tensor, *, signs: Tensor, x_bias: bool, h_bias: bool) -> Results:
     """Draws side by side, as one right-hand side for x and h together."""
     p = x.shape[1] + x_bias
     h = with_ones(h, h_bias)

@@ -32,7 +32,11 @@ def torch_ways(op: str, a: Tensor) -> Iterator[tuple[str, str, Callable[[], Any]
             import cupy
         except ImportError:
             return
-        yield "cuSOLVER by CuPy", "pytorch", lambda: tuple(map(torch.from_dlpack, cupy.linalg.eigh(cupy.from_dlpack(a))))
+
+        def jacobi() -> tuple[Tensor, ...]:
+            return tuple(map(torch.from_dlpack, cupy.linalg.eigh(cupy.from_dlpack(a))))
+
+        yield "cuSOLVER by CuPy", "pytorch", jacobi
 
 
 def together(op: str, out: Any) -> Tensor:

@@ -93,9 +93,7 @@ def torch_ways(
         yield "chunks", "pytorch", reference
 
 
-def add_gromo(
-    ways: list[Way], case: Case, args: tuple[Tensor, ...], device: str, tolerance: float
-) -> dict[str, str]:
+def add_gromo(ways: list[Way], case: Case, args: tuple[Tensor, ...], device: str, tolerance: float) -> dict[str, str]:
     """gromo's classes where they sum the same; why not where they do not."""
     takes = peer.operations(case)
     if isinstance(case, Conv2dCase) and case.kernel == "center" and not case.hidden == case.outputs == case.maps:

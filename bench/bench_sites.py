@@ -113,7 +113,8 @@ def test_statistics_pass(race: Race, device: str, request: pytest.FixtureRequest
     def wrong(out: Any) -> float:
         if out is None:
             return 0.0
-        pairs = [(getattr(out[s], f), getattr(expected[s], f)) for s in out for f in ("xx", "xh", "xv", "hh", "hv", "vv")]
+        fields = ("xx", "xh", "xv", "hh", "hv", "vv")
+        pairs = [(getattr(out[name], field), getattr(expected[name], field)) for name in out for field in fields]
         return max(error(one, ref.double()) for one, ref in pairs)
 
     ways = [

@@ -1,7 +1,6 @@
 """The suite's options and fixtures, and which rows run: the main ones first, then the others while there is time."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +75,24 @@ def race(benchmark: Any, request: pytest.FixtureRequest, device: str, clock: Clo
     option = request.config.option
     part = request.path.stem.removeprefix("bench_")
 
+    tell = request.config.pluginmanager.get_plugin("terminalreporter")
+
     def store(row: dict[str, Any]) -> None:
+        tell.ensure_newline()
+        tell.write_line(told(row))
         results.store(option.results / folder(run["hardware"]) / f"{part}.json", run, row)
 
     rounds, budget = option.rounds or ROUNDS[device], option.budget or BUDGET[device]
     return Race(benchmark, clock, run["ceilings"], store, rounds, budget)
+
+
+def told(row: dict[str, Any]) -> str:
+    """A line for a row: times of growkern's ways, or why there is none, and the ratios of the first."""
+    ways = [way for way in row["ways"] if way.get("kind") == "growkern"]
+    times = [f"{way['way']} " + (f"{way['ms']:g} ms" if "ms" in way else way["failed"]) for way in ways]
+    over = [f"{ratio[0]:.2f}× {name}" for name, ratio in ways[0].get("over", {}).items()]
+    kind = " ".join(row[each] for each in ("dtype", "precision") if row[each] != "ieee")
+    return f"{row['op']} {row['case']}, {kind}: {', '.join([*times, *over])}"
 
 
 @pytest.fixture(autouse=True)
@@ -90,5 +102,3 @@ def _seed() -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
-
-

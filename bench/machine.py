@@ -71,7 +71,6 @@ def ceilings(clock: Clock) -> dict[str, float]:
         return min(clock.seconds(run) for _ in range(RUNS))
 
     found = {"GB/s": 2 * source.numel() / best(lambda: target.copy_(source)) / 1e9}
-    del source, target
     for dtype, precision in (
         (torch.float64, "ieee"),
         (torch.float32, "ieee"),

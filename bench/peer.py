@@ -31,9 +31,7 @@ def statistics(case: Case, args: tuple[Tensor, ...]) -> Any:
         assert isinstance(case, LinearCase)
         p, q, r = case.widths
         first = LinearGrowingModule(p, q, use_bias=case.x_bias, **options)
-        second = LinearGrowingModule(
-            q, r, use_bias=case.h_bias, previous_module=first, allow_growing=True, **options
-        )
+        second = LinearGrowingModule(q, r, use_bias=case.h_bias, previous_module=first, allow_growing=True, **options)
     second.init_computation()
     second(first(x))  # sets sizes; then the maps of the case take the place of what was stored
     first._input, second._input = x, h

@@ -98,7 +98,8 @@ class Race:
                 entries[way.name]["over"] = {
                     other.name: ratio(taken[other.name], taken[way.name]) for other in fit if other.kind != "growkern"
                 }
-        row |= {"GFLOP": significant(operations / 1e9), "MB": significant(nbytes / 1e6)}
+        if nbytes:
+            row |= {"GFLOP": significant(operations / 1e9), "MB": significant(nbytes / 1e6)}
         row["ways"] = [*entries.values(), *({"way": name, "left out": why} for name, why in (left_out or {}).items())]
         self.benchmark.extra_info.update(row)
         self.store(row)
@@ -185,4 +186,5 @@ def significant(value: float) -> float:
 
 def described(case: object, dtype: torch.dtype, precision: str, device: str) -> Row:
     op, _, name = str(case).partition("-")
-    return {"op": op, "case": name, "dtype": str(dtype).removeprefix("torch."), "precision": precision, "device": device}
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {"op": op, "case": name, "dtype": dtype_name, "precision": precision, "device": device}

@@ -199,6 +199,12 @@ def _bench_conv2d(channels: int, side: int, batch: int) -> list[Case]:
     )
 
 
+def _scaling(axis: str, value: int, **option: Any) -> Case:
+    options: dict[str, Any] = {"batch": 64, "channels": (32, 32, 32), "maps": (16, 16), **option}
+    name = f"{axis} = {value}"
+    return Conv2dCase(op="conv2d_moments", name=name, size="scaling", dtypes=(torch.float32,), **options)
+
+
 CASES: list[Case] = [
     *_linear("1 row", 1, (5, 4, 3)),
     *_linear("33 rows", 33, (63, 33, 1), x_bias=False),
@@ -283,14 +289,9 @@ CASES: list[Case] = [
             draws=16,
         )
     ),
-    *(
-        Conv2dCase(op="conv2d_moments", size="scaling", dtypes=(torch.float32,), **options)
-        for options in [
-            *({"name": f"images = {n}", "batch": n, "channels": (32,) * 3, "maps": (16, 16)} for n in (4, 16, 64, 256, 1024)),
-            *({"name": f"channels = {n}", "batch": 64, "channels": (n,) * 3, "maps": (16, 16)} for n in (4, 8, 16, 32, 64, 128)),
-            *({"name": f"side = {n}", "batch": 64, "channels": (32,) * 3, "maps": (n, n)} for n in (4, 8, 16, 32, 64)),
-        ]
-    ),
+    *(_scaling("images", n, batch=n) for n in (4, 16, 64, 256, 1024)),
+    *(_scaling("channels", n, channels=(n, n, n)) for n in (4, 8, 16, 32, 64, 128)),
+    *(_scaling("side", n, maps=(n, n)) for n in (4, 8, 16, 32, 64)),
     *_matrices("eigh", "1×1", 4, 1, 1),
     *_matrices("eigh", "2×2", 2, 2),
     *_matrices("eigh", "33", 5, 33, 33),
