@@ -5,11 +5,16 @@ Every function takes the arguments of its op. Matrix products run in the precisi
 
 import functools
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import Case
 from torch import Tensor
 
+from growkern.backend import use_backend
 from growkern.ops import ConvGeometry
 from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan
 
@@ -295,3 +300,32 @@ def by_shifts(
     plan = conv2d_plan(channels, sizes, producer, consumer, full, x_bias, h_bias)
     found = Shifts((x, h, v), plan, engine).results()
     return [found[0], found[0].new_empty(len(found[0]), 0), *found[1:]] if full else found
+
+
+# All of them ---------------------------------------------------------------------------------------------------
+
+
+def ways(
+    case: Case, args: tuple[Tensor, ...], named: dict[str, Any], call: Callable[[], Any]
+) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """What people write first, then what is faster."""
+
+    def reference() -> Any:
+        with use_backend("reference"):
+            return call()
+
+    if case.op == "linear_moments":
+        yield "six products", "users", partial(six_products, *args, **named)
+        yield "one product", "pytorch", partial(one_product, *args, **named)
+    elif case.op == "linear_residual":
+        yield "draw by draw", "users", partial(draw_by_draw, *args, **named)
+        yield "all draws", "pytorch", partial(all_draws, *args, **named)
+    elif case.op == "conv2d_residual":
+        yield "draw by draw", "users", partial(residual_by_unfold, *args, **named)
+        yield "by image", "pytorch", partial(residual_by_unfold, *args, **named, per_image=True)
+    else:
+        yield "unfold", "users", partial(by_unfold, *args, **named)
+        for engine in ("gradient", "products"):
+            yield f"shifts by {engine}", "pytorch", partial(by_shifts, *args, **named, engine=engine)
+    if "conv" in case.op:
+        yield "chunks", "pytorch", reference

@@ -1,6 +1,6 @@
 """The second moments and their residual pass: every case, dtype, precision and backend beside PyTorch and gromo."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,7 @@ def measure(case: Case, dtype: torch.dtype, name: str, race: Race, device: str) 
     call = partial(case.function, *args, **named, precision=name)
     loose = TF32 if name == "tf32" else LOOSE[dtype]
     ways = own_ways(case.op, call, device, TF32 if name == "tf32" else TOLERANCES[dtype])
-    ways += [Way(text, kind, run, loose) for text, kind, run in torch_ways(case, args, named, call)]
+    ways += [Way(text, kind, run, loose) for text, kind, run in baselines.ways(case, args, named, call)]
     left_out = {}
     if case.op.endswith("moments") and dtype == torch.float32 and name == "ieee":
         left_out = add_gromo(ways, case, args, device, loose)
@@ -65,32 +65,6 @@ def measure(case: Case, dtype: torch.dtype, name: str, race: Race, device: str) 
             ceiling=ceiling_of(dtype, name),
             left_out=left_out,
         )
-
-
-def torch_ways(
-    case: Case, args: tuple[Tensor, ...], named: dict[str, Any], call: Callable[[], Any]
-) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """What people write first, then what is faster."""
-
-    def reference() -> Any:
-        with use_backend("reference"):
-            return call()
-
-    if case.op == "linear_moments":
-        yield "six products", "users", partial(baselines.six_products, *args, **named)
-        yield "one product", "pytorch", partial(baselines.one_product, *args, **named)
-    elif case.op == "linear_residual":
-        yield "draw by draw", "users", partial(baselines.draw_by_draw, *args, **named)
-        yield "all draws", "pytorch", partial(baselines.all_draws, *args, **named)
-    elif case.op == "conv2d_residual":
-        yield "draw by draw", "users", partial(baselines.residual_by_unfold, *args, **named)
-        yield "by image", "pytorch", partial(baselines.residual_by_unfold, *args, **named, per_image=True)
-    else:
-        yield "unfold", "users", partial(baselines.by_unfold, *args, **named)
-        for engine in ("gradient", "products"):
-            yield f"shifts by {engine}", "pytorch", partial(baselines.by_shifts, *args, **named, engine=engine)
-    if "conv" in case.op:
-        yield "chunks", "pytorch", reference
 
 
 def add_gromo(ways: list[Way], case: Case, args: tuple[Tensor, ...], device: str, tolerance: float) -> dict[str, str]:

@@ -75,11 +75,13 @@ def race(benchmark: Any, request: pytest.FixtureRequest, device: str, clock: Clo
     option = request.config.option
     part = request.path.stem.removeprefix("bench_")
 
-    tell = request.config.pluginmanager.get_plugin("terminalreporter")
+    plugins = request.config.pluginmanager
+    terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
 
     def store(row: dict[str, Any]) -> None:
-        tell.ensure_newline()
-        tell.write_line(told(row))
+        with capture.global_and_fixture_disabled():
+            terminal.ensure_newline()
+            terminal.write_line(told(row))
         results.store(option.results / folder(run["hardware"]) / f"{part}.json", run, row)
 
     rounds, budget = option.rounds or ROUNDS[device], option.budget or BUDGET[device]
