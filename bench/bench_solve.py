@@ -2,9 +2,9 @@
 
 Users' PyTorch whitens by the symmetric square root of xx (eigh) and takes the full SVD of the target. Faster are
 Cholesky, a triangular solve, the eigenproblem of the smaller Gram side and back-substitution; and, where it is known
-that a few singular values stand out, as they do here, a randomized SVD in place of the Gram side. `solve` does more than
-they: the best change of the existing weights, the bottleneck, and checks. A case is a 3×3 convolution site of C channels
-on both sides, p = 9C + 1, with a fan-out of the whole kernel.
+that a few singular values stand out, as they do here, a randomized SVD in place of the Gram side. `solve` does more:
+the best change of the existing weights, the bottleneck, and checks. A case is a 3×3 convolution site of C channels on
+both sides, p = 9C + 1, with a fan-out of the whole kernel.
 """
 
 from collections.abc import Callable, Iterator
