@@ -24,12 +24,10 @@ def sites(size: str, device: str) -> Iterator[Any]:
 @pytest.mark.later
 @pytest.mark.rows.with_args(maps)
 def test_maps(case: Case, race: Race, device: str) -> None:
-    race.budget /= 4
     measure(case, torch.float32, "ieee", race, device)
 
 
 @pytest.mark.later
 @pytest.mark.rows.with_args(sites)
 def test_sites(width: int, race: Race, device: str) -> None:
-    race.budget /= 4
     measure_group(f"sites = {width}", linear_calls([32] * width, 1024, device), race, device)

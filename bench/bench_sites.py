@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import error
-from race import Race, Way
+from race import TOLERANCES, Race, Way
 from torch import Tensor, nn
 
 import growkern as gk
@@ -19,7 +19,7 @@ from growkern.ops import ConvGeometry
 from growkern.ops.moments import Call, grouped_moments
 from growkern.training.models import Block
 
-TOLERANCE, LOOSE = 2e-6, 2e-5
+TOLERANCE = 2e-6
 THROUGH_A_NETWORK = 1e-3  # float32 activations and gradients of 18 layers
 SAME = ConvGeometry(3, 1, 1)
 
@@ -62,7 +62,10 @@ def measure_group(name: str, calls: list[Call], race: Race, device: str) -> None
     ways = [
         Way("together", "growkern", lambda: grouped_moments(calls), TOLERANCE),
         Way("one by one", "growkern", lambda: [grouped_moments([call])[0] for call in calls], TOLERANCE),
-        *(Way(n, kind, lambda f=f: [f(call) for call in calls], LOOSE) for n, kind, f in loops(calls)),
+        *(
+            Way(n, kind, lambda f=f: [f(call) for call in calls], TOLERANCES[torch.float32])
+            for n, kind, f in loops(calls)
+        ),
     ]
     race(described("grouped_moments", name, device), ways, wrong)
 

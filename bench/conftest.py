@@ -11,8 +11,8 @@ from clock import Clock, measured
 from machine import folder, run_record
 from race import Race
 
-# Seconds for one row, and most rounds of it; a GPU is quick.
-BUDGET, ROUNDS = {"cpu": 8.0, "cuda": 1.0}, {"cpu": 15, "cuda": 25}
+# Seconds for the times of one row, of which a later one gets a part, and most rounds of it; a GPU is quick.
+BUDGET, LATER, ROUNDS = {"cpu": 6.0, "cuda": 1.0}, 0.25, {"cpu": 15, "cuda": 25}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -85,6 +85,8 @@ def race(benchmark: Any, request: pytest.FixtureRequest, device: str, clock: Clo
         results.store(option.results / folder(run["hardware"]) / f"{part}.json", run, row)
 
     rounds, budget = option.rounds or ROUNDS[device], option.budget or BUDGET[device]
+    if request.node.get_closest_marker("later"):
+        budget *= LATER
     return Race(benchmark, clock, run["ceilings"], store, rounds, budget)
 
 

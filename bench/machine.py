@@ -19,14 +19,14 @@ from growkern.ops.native import build_info
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("triton", "gromo", "pytest-benchmark", "cupy-cuda13x")
 # Sizes at which matrix products and copies run as fast as they do here, and in how many runs the best is sought.
-SIDE, COPIED, RUNS = {"cpu": 2048, "cuda": 8192}, {"cpu": 256 << 20, "cuda": 1 << 30}, 5
+SIDE, COPIED, RUNS = {"cpu": 1536, "cuda": 8192}, {"cpu": 256 << 20, "cuda": 1 << 30}, 4
 
 
 def hardware(device: str) -> dict[str, Any]:
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         size = f"{found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors"
-        return {"name": found.name, "memory": size, "driver": torch.version.cuda}
+        return {"name": found.name, "memory": size, "cuda": torch.version.cuda}
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", info)
     return {

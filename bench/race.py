@@ -15,8 +15,9 @@ from growkern.backend import DEVICES, available, use_backend
 
 Row = dict[str, Any]
 
-# Largest error of others' ways: they may be looser than growkern's, but must do the work.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+# Largest error of others' ways, which must do the work: one chain of float32 additions over 262,144 positions was 7e-5
+# off in torch.mm, and bfloat16 results are rounded.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-4, torch.bfloat16: 2e-2}
 TF32 = 2e-3
 
 

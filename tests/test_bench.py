@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def test_one_row_of_the_suite(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "bench/bench_moments.py", "-q", "-p", "no:cacheprovider"]
     command += ["--device", "cpu", "--size", "test", "--budget", "0.1", "--rounds", "3", "--results", tmp_path]
     command += ["-k", "linear_moments and 33 and float32", "--benchmark-json", tmp_path / "pytest-benchmark.json"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # which on a busy machine is faster
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=alone)
     assert said.returncode == 0, said.stdout
     (path,) = tmp_path.glob("*/moments.json")
     record = json.loads(path.read_text())
