@@ -44,11 +44,20 @@ def one_product(x: Tensor, h: Tensor, v: Tensor, *, x_bias: bool, h_bias: bool) 
 
 
 def draw_by_draw(
-    x: Tensor, h: Tensor, v: Tensor, update: Tensor, *, signs: Tensor, x_bias: bool, h_bias: bool
+    x: Tensor,
+    h: Tensor,
+    v: Tensor,
+    update: Tensor,
+    *,
+    signs: Tensor,
+    rows_per_sign: int,
+    x_bias: bool,
+    h_bias: bool,
 ) -> Results:
     x, h = with_ones(x, x_bias), with_ones(h, h_bias)
     residual = v - h @ update.to(v.dtype).T
-    signed = [residual * s[:, None].to(v.dtype) for s in signs]
+    signs = signs.to(v.dtype).repeat_interleave(rows_per_sign, 1)[:, : len(x)]
+    signed = [residual * s[:, None] for s in signs]
     return [
         x.T @ residual,
         torch.stack([x.T @ each for each in signed]),
@@ -56,15 +65,31 @@ def draw_by_draw(
     ]
 
 
-def all_draws(x: Tensor, h: Tensor, v: Tensor, update: Tensor, *, signs: Tensor, x_bias: bool, h_bias: bool) -> Results:
-    """Draws side by side, as one right-hand side for x and h together."""
-    p = x.shape[1] + x_bias
+def all_draws(
+    x: Tensor,
+    h: Tensor,
+    v: Tensor,
+    update: Tensor,
+    *,
+    signs: Tensor,
+    rows_per_sign: int,
+    x_bias: bool,
+    h_bias: bool,
+) -> Results:
+    """Draws side by side, as one right-hand side for x and h together; runs of rows as a batch, added up under them."""
+    p, r = x.shape[1] + x_bias, v.shape[1]
     h = with_ones(h, h_bias)
-    residual = v - h @ update.to(v.dtype).T
-    right = torch.cat([residual[:, None], signs.T[:, :, None].to(v.dtype) * residual[:, None]], 1).flatten(1)
-    sums = torch.cat([with_ones(x, x_bias), h], 1).T @ right
-    sums = sums.unflatten(1, (-1, v.shape[1])).transpose(0, 1)  # (1 + draws, p + q, r)
-    return [sums[0, :p], sums[1:, :p], sums[1:, p:]]
+    residual, signs = v - h @ update.to(v.dtype).T, signs.to(v.dtype)
+    left = torch.cat([with_ones(x, x_bias), h], 1)
+    if rows_per_sign > 1:
+        short = -len(left) % rows_per_sign
+        runs = [F.pad(side, (0, 0, 0, short)).unflatten(0, (-1, rows_per_sign)) for side in (left, residual)]
+        sums = torch.bmm(runs[0].mT, runs[1])  # (runs, p + q, r)
+        nulls = (signs @ sums.flatten(1)).unflatten(1, sums.shape[1:])
+        return [sums[:, :p].sum(0), nulls[:, :p], nulls[:, p:]]
+    right = torch.cat([residual[:, None], signs.T[:, :, None] * residual[:, None]], 1).flatten(1)
+    joint = (left.T @ right).unflatten(1, (-1, r)).transpose(0, 1)  # (1 + draws, p + q, r)
+    return [joint[0, :p], joint[1:, :p], joint[1:, p:]]
 
 
 # Maps, by patches -------------------------------------------------------------------------------------------

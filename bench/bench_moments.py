@@ -32,8 +32,8 @@ def rows(size: str, device: str) -> Iterator[Any]:
                     continue
                 for name in ("ieee", "tf32")[: 1 + (dtype == torch.float32 and device == "cuda")]:
                     text = f"{case}-{str(dtype).removeprefix('torch.')}-{name}"
-                    marks = [pytest.mark.later] * (side or half_on_cpu)
-                    yield pytest.param(case, dtype, name, id=text, marks=marks)
+                    rank = 3 if half_on_cpu else 2 if side else 0
+                    yield pytest.param(case, dtype, name, id=text, marks=pytest.mark.later(rank))
 
 
 @pytest.mark.rows.with_args(rows)

@@ -21,13 +21,13 @@ def sites(size: str, device: str) -> Iterator[Any]:
         yield pytest.param(number, id=f"sites = {number}")
 
 
-@pytest.mark.later
+@pytest.mark.later(1)
 @pytest.mark.rows.with_args(maps)
 def test_maps(case: Case, race: Race, device: str) -> None:
     measure(case, torch.float32, "ieee", race, device)
 
 
-@pytest.mark.later
+@pytest.mark.later(1)
 @pytest.mark.rows.with_args(sites)
 def test_sites(width: int, race: Race, device: str) -> None:
     measure_group(f"sites = {width}", linear_calls([32] * width, 1024, device), race, device)

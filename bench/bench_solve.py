@@ -26,7 +26,7 @@ USERS = {"cpu": 2305, "cuda": 4609}  # widest p at which a full SVD is waited fo
 
 def rows(size: str, device: str) -> Iterator[Any]:
     for p in WIDTHS if size == "bench" else (37,):
-        yield pytest.param(p, id=f"p = {p}", marks=[pytest.mark.later] * (p > 2000))
+        yield pytest.param(p, id=f"p = {p}", marks=pytest.mark.later(p // 2000))
 
 
 def site(p: int, q: int, r: int, offsets: int, device: str, seed: int = 0) -> gk.Moments:

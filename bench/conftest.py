@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "rows(generator): the parameters of a benchmark, by size and device")
-    config.addinivalue_line("markers", "later: a row that is measured after the main ones")
+    config.addinivalue_line("markers", "later(rank): a row that is measured after the main ones, lower ranks first")
     config.addinivalue_line("filterwarnings", "default")  # a warning must not cost a row
     config.stash[START] = time.monotonic()
 
@@ -44,9 +44,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("later") is not None)
+    items.sort(key=rank)
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=measured, disable_gc=True))
+
+
+def rank(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("later")
+    return marker.args[0] if marker else 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -85,7 +90,7 @@ def race(benchmark: Any, request: pytest.FixtureRequest, device: str, clock: Clo
         results.store(option.results / folder(run["hardware"]) / f"{part}.json", run, row)
 
     rounds, budget = option.rounds or ROUNDS[device], option.budget or BUDGET[device]
-    if request.node.get_closest_marker("later"):
+    if rank(request.node):
         budget *= LATER
     return Race(benchmark, clock, run["ceilings"], store, rounds, budget)
 
