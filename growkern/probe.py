@@ -260,6 +260,11 @@ def rows_per_sign(rows: int, batch_size: int, count: int) -> int:
         Of one batch: rows (or images) that a layer sees, and images or sequences that the model does.
     count : int
         Rows of all batches; where they abound, sequences share signs, and what the draws cost does not grow with them.
+
+    Returns
+    -------
+    int
+        At least 1.
     """
     if rows % batch_size:
         return _LONGEST_RUN
