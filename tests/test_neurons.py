@@ -10,7 +10,7 @@ from torch import nn
 
 import growkern as gk
 from growkern import ops
-from growkern.whitening import both_sides, factor, singular
+from growkern.whitening import Factor, Whitened, factor
 
 
 @pytest.fixture
@@ -187,14 +187,38 @@ def test_few_singular_values_of_wide_matrices_are_those_of_all(rows, columns, mo
     g = torch.Generator().manual_seed(0)
     t = torch.randn(rows, columns, generator=g, dtype=torch.float64) / 60  # the bulk ends at 0.84
     t[:4, :4] += torch.diag(torch.tensor([8.0, 6.0, 6.0, 4.0]))
-    values, vectors = singular(t[None], most, None if above is None else torch.tensor([above]))
+    whitened = Whitened(t[None])
+    values, vectors = whitened.singular(most, None if above is None else torch.tensor([above]))
     few = (most, above) in ((3, None), (560, 1.5), (560, 9.0))
     assert (values.shape[1] < 560) == few
     u, s, vh = torch.linalg.svd(t, full_matrices=False)
     wanted = {(3, None): 3, (5, None): 5, (560, 1.5): 4, (560, 9.0): 0, (560, 0.5): 300}[most, above]
     assert ((values[0, :wanted] - s[:wanted]).abs() <= 1e-12 * s[0]).all()
-    left, right = both_sides(t[None], values[:, :wanted], vectors[..., :wanted])
+    left, right = whitened.both_sides(values[:, :wanted], vectors[..., :wanted])
     assert (left[0] * s[:wanted] @ right[0].mT - u[:, :wanted] * s[:wanted] @ vh[:wanted]).norm() < 1e-9
+
+
+@pytest.mark.parametrize("by_eigenvectors", [False, True])
+@pytest.mark.parametrize("lead", [(), (1,), (2,)])
+def test_whitened_targets_are_applied_as_they_are(lead, by_eigenvectors):
+    """T b and Tᵀ u without T are those with it, and T is L⁻¹ N M⁻ᵀ on the rows of every offset."""
+    g = torch.Generator().manual_seed(0)
+    offsets, p, r = 3, 7, 5
+
+    def moment(n: int) -> torch.Tensor:
+        a = torch.randn(*lead, n, n - by_eigenvectors, generator=g, dtype=torch.float64)
+        return a @ a.mT + (0 if by_eigenvectors else torch.eye(n, dtype=torch.float64))
+
+    x, v = (Factor(moment(n), by_eigenvectors=by_eigenvectors) for n in (p, r))
+    target = torch.randn(*lead, p, r * offsets, generator=g, dtype=torch.float64)
+    t = Whitened(target, x, v, offsets)
+    b, u = (torch.randn(*lead, n, 2, generator=g, dtype=torch.float64) for n in (t.shape[-1], t.shape[-2]))
+    apart = t.times(b), t.back(u)
+    assert t.matrix.shape == t.shape
+    parts = [v.whiten(x.whiten(target[..., k::offsets]).mT).mT for k in range(offsets)]
+    torch.testing.assert_close(t.matrix, torch.stack(parts, -1).flatten(-2))
+    for found, expected in zip((*apart, t.times(b), t.back(u)), (t.matrix @ b, t.matrix.mT @ u) * 2, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
