@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from growkern import ops
 from growkern.spectra import WIDE, dominant, extreme_eigenvalues, product, top_singular
+
+LARGEST_PADDED = 256  # wider moments gain nothing from company
 
 
 def relative_cut(n: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,14 +108,65 @@ class Factor:
         return self.unwhiten(self.whiten(b))
 
 
-def factor(a: Tensor) -> Factor:
-    """Factor a moment (n, n) by Cholesky where that serves, else by eigenvectors; see `Factor`."""
-    found = Factor(a)
-    if not found.sound:
-        found = Factor(a, by_eigenvectors=True)
-        if not found.sound:
-            raise ArithmeticError("the eigensolver did not converge on a second moment")
+def least_squares(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Give a⁺ b for the moments a (n, n) and b (n, m) of every site, those of about one size at once.
+
+    Parameters
+    ----------
+    pairs : mapping of str to (Tensor, Tensor)
+        By name of the site.
+
+    Returns
+    -------
+    dict of str to Tensor
+        (n, m) in float64.
+
+    Raises
+    ------
+    ValueError
+        If an eigensolver did not converge; it names the sites.
+    """
+    together: dict[Hashable, list[str]] = {}
+    for name, (a, b) in pairs.items():
+        wide = max(b.shape) > LARGEST_PADDED
+        together.setdefault(name if wide else (*map(rounded, b.shape), a.dtype, a.device), []).append(name)
+    found: dict[str, Tensor] = {}
+    groups = list(together.values())
+    for by_eigenvectors in (False, True):
+        factors = [
+            Factor(padded([pairs[name][0] for name in names]), by_eigenvectors=by_eigenvectors) for names in groups
+        ]
+        if not factors:
+            break
+        sound = torch.cat([each.sound.to(factors[0].sound.device) for each in factors]).tolist()
+        for names, each in zip(groups, factors, strict=True):
+            solved = each.solve(padded([pairs[name][1] for name in names]))
+            for name, one in zip(names, solved, strict=True):
+                if sound.pop(0):
+                    rows, columns = pairs[name][1].shape
+                    found[name] = one[:rows, :columns]
+        groups = [left for names in groups if (left := [name for name in names if name not in found])]
+    if groups:
+        sites = ", ".join(repr(name) for names in groups for name in names)
+        raise ValueError(f"the eigensolver did not converge on a second moment of site {sites}")
     return found
+
+
+def rounded(n: int) -> int:
+    """Round up to 8, 12, 16, 24, 32, 48, 64 and so on."""
+    power = max(8, 1 << (n - 1).bit_length())
+    return power * 3 // 4 if n <= power * 3 // 4 and power > 8 else power
+
+
+def padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors, filled up with zeros to one size."""
+    if all(each.shape == tensors[0].shape for each in tensors):
+        return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+    shape = [max(sizes) for sizes in zip(*(each.shape for each in tensors), strict=True)]
+    out = tensors[0].new_zeros(len(tensors), *shape)
+    for row, each in zip(out, tensors, strict=True):
+        row[tuple(map(slice, each.shape))] = each
+    return out
 
 
 def by_row(each: Callable[[Tensor], Tensor], b: Tensor, offsets: int) -> Tensor:
