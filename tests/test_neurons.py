@@ -214,7 +214,7 @@ def test_least_squares_of_many_sites_are_those_of_each(monkeypatch):
     assert whitening.least_squares({}) == {}
 
     def diverging(a):
-        return torch.full(a.shape[:-1], torch.nan), torch.full(a.shape, torch.nan)
+        return a.new_full(a.shape[:-1], torch.nan), a.new_full(a.shape, torch.nan)
 
     monkeypatch.setattr(gk.ops, "eigh", diverging)
     with pytest.raises(ValueError, match="did not converge on a second moment of site 'd'"):
