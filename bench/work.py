@@ -22,7 +22,10 @@ def operations(case: Case) -> float:
         p, q, r = case.widths[0] + case.x_bias, case.widths[1] + case.h_bias, case.widths[2]
         if case.op == "linear_moments":
             return _of_plan(linear_plan(case.widths, case.x_bias, case.h_bias), case.rows)
-        return 2.0 * case.rows * r * (q + p + case.draws * (p + q))
+        if case.rows_per_sign == 1:
+            return 2.0 * case.rows * r * (q + p + case.draws * (p + q))
+        runs = -(-case.rows // case.rows_per_sign)  # whose sums are added up under all draws
+        return 2.0 * r * (case.rows * (q + p + q) + runs * case.draws * (p + q))
     assert isinstance(case, Conv2dCase)
     plan = _plan(case, conv2d_plan if case.op == "conv2d_moments" else residual_plan)
     found = _of_plan(plan, case.batch)

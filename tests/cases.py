@@ -274,6 +274,8 @@ CASES: list[Case] = [
         for width in (16, 32, 64, 128, 256)
         for case in _linear(f"width {width}", 4096, (width, width, width), size="bench", draws=16)
     ),
+    *_runs("FFN 768 in runs of 16", 8192, 16, (768, 3072, 768), size="bench", dtypes=(torch.float32,), draws=16),
+    *_runs("width 256 in runs of 8", 4096, 8, (256, 256, 256), size="bench", draws=16),
     *_bench_conv2d(8, 32, 256),
     *_bench_conv2d(16, 32, 256),
     *_bench_conv2d(64, 32, 128),
