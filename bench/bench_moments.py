@@ -71,7 +71,7 @@ def add_gromo(ways: list[Way], case: Case, args: tuple[Tensor, ...], device: str
     takes = peer.operations(case)
     if isinstance(case, Conv2dCase) and case.kernel == "center" and not case.hidden == case.outputs == case.maps:
         return {"gromo": "its S of growth sums other positions"}
-    if takes > peer.LIMIT[device]:
+    if takes > peer.LIMIT[device] * (0.1 if case.size == "scaling" else 1):
         return {"gromo": f"takes {takes / 1e12:,.0f} TFLOP"}
     try:
         ways.append(Way("gromo", "gromo", peer.statistics(case, args), tolerance))

@@ -45,7 +45,7 @@ on_gpu="tests/test_cuda_ops.py tests/test_cuda_launches.py tests/test_cuda.py te
 step ops "$(left 80)" python3 -m pytest -q --durations=5 $on_gpu -k "not triton" || failed=1
 # shellcheck disable=SC2086
 step ops-triton "$(left 120)" python3 -m pytest -q --durations=5 $on_gpu -k triton || failed=1
-# The suite, which needs pytest-benchmark; gromo's rows need gromo. bench.tar unpacks into bench/results.
+# The suite, which needs pytest-benchmark; gromo's rows need gromo. Results: tar -xf OUT_DIR/bench.tar -C bench
 while read -r part seconds; do
   step "bench-$part" "$(left $((seconds + 15)))" python3 -m pytest -q -p no:cacheprovider "bench/bench_$part.py" \
     --benchmark-quiet --seconds "$seconds" --results "$logs/results" < /dev/null || failed=1
