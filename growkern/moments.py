@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
+from growkern.ops.moments import Residual, grouped_residuals
 from growkern.passes import Passes
 from growkern.probe import LossFn, Probe, measured_together, random_signs
 from growkern.sites import GrowthSite
@@ -199,12 +200,15 @@ def collect(
             if null_draws or probe.kernel == "full"
         }
 
-        def residual(probe: Probe, batch_size: int) -> dict[str, Tensor]:
+        def residual(probe: Probe, batch_size: int) -> Residual:
             drawn = random_signs(null_draws, probe.rows, batch_size, signs).to(run.device) if null_draws else None
             return probe.residual(updates[probe.site.name], drawn)
 
-        remaining = {name: probes[name] for name in updates}
-        second = run.sweep(remaining, lambda some, size: [residual(probe, size) for probe in some])
+        def together(some: Sequence[Probe], batch_size: int) -> list[dict[str, Tensor]]:
+            sums = grouped_residuals([residual(probe, batch_size) for probe in some])
+            return [dict(zip(("xr", "null", "null_h"), each, strict=True)) for each in sums]
+
+        second = run.sweep({name: probes[name] for name in updates}, together)
     return {
         name: _assemble(probe, counts[name], reduction, sums[name] | second.get(name, {}), updates.get(name))
         for name, probe in probes.items()

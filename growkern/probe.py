@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from growkern import ops
 from growkern.between import Pool
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call
+from growkern.ops.moments import Call, Residual
 from growkern.sites import GrowthSite, resolve
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -163,11 +163,9 @@ class Probe:
             calls["uniform"] = self._uniform()
         return calls
 
-    def residual(self, update: Tensor, signs: Tensor | None) -> dict[str, Tensor]:
-        """Sum up N and its draws with random signs, with v⊥ = v − update·h."""
-        op: Callable[..., Any] = ops.linear_residual if self.kernel == "linear" else ops.conv2d_residual
-        sums = op(*self.operands, update, signs=signs, **self._flags)
-        return dict(zip(("xr", "null", "null_h"), sums, strict=True))
+    def residual(self, update: Tensor, signs: Tensor | None) -> Residual:
+        """Give what to sum up for N and its draws with random signs, with v⊥ = v − update·h."""
+        return Residual(Call(*self.operands, **self._flags), update, signs)
 
     def release(self) -> None:
         """Let go of the operands of the last batch."""

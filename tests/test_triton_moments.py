@@ -13,7 +13,7 @@ from cases import TOLERANCES, cases, error, to_double
 
 from growkern.backend import INTERPRETED, use_backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call, gpu, grouped_moments, schedule
+from growkern.ops.moments import Call, Residual, gpu, grouped_moments, grouped_residuals, schedule
 from growkern.ops.moments.schedule import Tiles
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def many_splits(monkeypatch):
     """Splits of 32 positions at least, as many as 50 programs call for."""
     schedule.schedule.cache_clear()
     monkeypatch.setattr(schedule, "SHORTEST", 32)
-    monkeypatch.setattr(gpu, "_processors", lambda device: 50)
+    monkeypatch.setattr(gpu, "processors_of", lambda device: 50)
     yield
     schedule.schedule.cache_clear()
 
@@ -129,7 +129,7 @@ def test_interpreted_tf32_is_the_same_sum(case):
 def test_interpreted_images_in_chunks_add_up(monkeypatch):
     case = next(case for case in cases("conv2d_residual") if case.name == "1×1-center")
     whole = run(case)
-    monkeypatch.setattr(gpu, "PER_IMAGE_BYTES", 1)
+    monkeypatch.setattr(gpu, "APART_BYTES", 1)
     for one, other in zip(whole, run(case), strict=True):
         assert error(one, other.double()) <= TOLERANCES[torch.float32]
 
@@ -146,14 +146,50 @@ def test_interpreted_sites_of_a_group_get_what_they_get_alone(dtype):
     for case in chosen:
         (x, h, v), named = case.arguments(dtype, seed=3)
         calls.append(Call(x, h, v, **named))
-    double = [call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double()) for call in calls]
     with use_backend("triton"):
         out = grouped_moments(calls)
     with use_backend("reference"):
-        right = grouped_moments(double)
+        right = grouped_moments([double(call) for call in calls])
     for case, sums, expected_sums in zip(chosen, out, right, strict=True):
         for one, other in zip(sums, expected_sums, strict=True):
             assert error(one, other) <= TOLERANCES[dtype], case
+
+
+def residual_calls(dtype):
+    """Residuals with as many draws as positions of an image or fewer, and with more; one with none; one whole map."""
+    names = ("no bias", "strided", "1×1-full", "1×1-center", "3×3 then 1×1-full", "no images-full", "no draws-center")
+    chosen = [case for case in cases("linear_residual", "conv2d_residual") if case.name in (*names, "whole map-full")]
+    assert len(chosen) == len(names) + 1
+    chosen.append(replace(chosen[0], name="", widths=(5, 7, 3)))
+    chosen.append(replace(chosen[2], name="", layout="channels_last", channels=(8, 16, 40), maps=(2, 1), draws=5))
+    chosen.append(replace(chosen[3], name="", h_bias=False, draws=40))
+    calls = []
+    for case in chosen:
+        (x, h, v, update), named = case.arguments(dtype, seed=4)
+        signs = named.pop("signs")
+        if case.name == "strided":
+            update, signs = update.double(), signs.double().mT.contiguous().mT
+        calls.append(Residual(Call(x, h, v, **named), update, signs))
+    return calls
+
+
+def double(call):
+    if isinstance(call, Residual):
+        return Residual(double(call.call), call.update.double(), call.signs.double())
+    return call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double())
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreted_residuals_of_a_group_get_what_they_get_alone(dtype):
+    calls = residual_calls(dtype)
+    with use_backend("reference"):
+        right = grouped_residuals([double(call) for call in calls])
+    with use_backend("triton"):
+        out = grouped_residuals(calls)
+    for sums, expected_sums in zip(out, right, strict=True):
+        for one, other in zip(sums, expected_sums, strict=True):
+            assert error(one, other) <= TOLERANCES[dtype]
 
 
 @interpreted
