@@ -17,7 +17,7 @@ from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.ops.moments import Residual, grouped_residuals
 from growkern.passes import Passes
-from growkern.probe import LossFn, Probe, measured_together, random_signs
+from growkern.probe import LossFn, Probe, measured_together
 from growkern.sites import GrowthSite
 from growkern.whitening import factor
 
@@ -201,8 +201,7 @@ def collect(
         }
 
         def residual(probe: Probe, batch_size: int) -> Residual:
-            drawn = random_signs(null_draws, probe.rows, batch_size, signs).to(run.device) if null_draws else None
-            return probe.residual(updates[probe.site.name], drawn)
+            return probe.residual(updates[probe.site.name], null_draws, batch_size, signs)
 
         def together(some: Sequence[Probe], batch_size: int) -> list[dict[str, Tensor]]:
             sums = grouped_residuals([residual(probe, batch_size) for probe in some])

@@ -18,7 +18,8 @@ from growkern.ops.moments import Call, Residual
 from growkern.sites import GrowthSite, resolve
 
 LossFn = Callable[[Any, Any], Tensor]
-_GROUP = 64  # consecutive rows that share a random sign where they do not belong to one image or sequence
+_LONGEST_RUN = 64  # of rows that share a random sign, where they do not belong to one image or sequence
+_SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
 
 
 def measured_together(probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
@@ -163,9 +164,17 @@ class Probe:
             calls["uniform"] = self._uniform()
         return calls
 
-    def residual(self, update: Tensor, signs: Tensor | None) -> Residual:
+    def residual(self, update: Tensor, draws: int, batch_size: int, generator: torch.Generator) -> Residual:
         """Give what to sum up for N and its draws with random signs, with v⊥ = v − update·h."""
-        return Residual(Call(*self.operands, **self._flags), update, signs)
+        signs, run = None, 1
+        if draws:
+            abound = self.kernel == "linear"  # an image is worth a sign of its own
+            run = rows_per_sign(self.rows, batch_size, self.count if abound else self.rows)
+            signs = torch.randint(0, 2, (draws, -(-self.rows // run)), generator=generator) * 2.0 - 1
+            signs = signs.to(update.device, non_blocking=True)
+            if self.kernel != "linear":
+                signs, run = signs.repeat_interleave(run, dim=1)[:, : self.rows], 1
+        return Residual(Call(*self.operands, **self._flags), update, signs, run)
 
     def release(self) -> None:
         """Let go of the operands of the last batch."""
@@ -239,8 +248,22 @@ def _geometry(layer: nn.Conv2d) -> ConvGeometry:
     return ConvGeometry(layer.kernel_size, layer.stride, (top, left), layer.dilation)
 
 
-def random_signs(draws: int, rows: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Random signs (draws, rows): one per image or sequence, else one per group of consecutive rows."""
-    run = max(rows // batch_size, 1) if rows % batch_size == 0 else _GROUP
-    signs = torch.randint(0, 2, (draws, -(-rows // run)), generator=generator) * 2.0 - 1
-    return signs.repeat_interleave(run, dim=1)[:, :rows]
+def rows_per_sign(rows: int, batch_size: int, count: int) -> int:
+    """Give how many consecutive rows share a random sign: those of one image or sequence, or of several at once.
+
+    Parameters
+    ----------
+    rows, batch_size : int
+        Of one batch: rows (or images) that a layer sees, and images or sequences that the model does.
+    count : int
+        Rows of all batches; where they abound, sequences share signs, and what the draws cost does not grow with them.
+
+    Returns
+    -------
+    int
+        At least 1.
+    """
+    if rows % batch_size:
+        return _LONGEST_RUN
+    own = max(rows // batch_size, 1)
+    return own * max(1, min(_LONGEST_RUN // own, count // own // _SIGNS))

@@ -335,6 +335,8 @@ def test_residuals_of_many_sites_at_once(dtype):
     whole = {"consumer": ops.ConvGeometry((7, 6)), "kernel": "full"}
     chosen = [
         LinearCase(op="linear_residual", name="", rows=40, widths=(20, 9, 6)),
+        LinearCase(op="linear_residual", name="", rows=41, widths=(5, 4, 18), rows_per_sign=9),
+        LinearCase(op="linear_residual", name="", rows=10, widths=(5, 4, 18), rows_per_sign=3),
         LinearCase(op="linear_residual", name="", rows=33, widths=(64, 40, 17), x_bias=False, draws=0),
         Conv2dCase(op="conv2d_residual", name="", channels=(3, 5, 4)),
         Conv2dCase(op="conv2d_residual", name="", channels=(24, 8, 16), layout="channels_last", kernel="center"),
@@ -344,9 +346,9 @@ def test_residuals_of_many_sites_at_once(dtype):
     calls = []
     for case in chosen:
         (x, h, v, update), named = case.arguments(dtype)
-        signs = named.pop("signs")
+        drawn = named.pop("signs"), named.pop("rows_per_sign", 1)
         update = update.double() if case is chosen[-1] else update
-        calls.append(ops.moments.Residual(ops.moments.Call(x, h, v, **named), update, signs))
+        calls.append(ops.moments.Residual(ops.moments.Call(x, h, v, **named), update, *drawn))
     with use_backend("cuda"):
         out = ops.moments.grouped_residuals(calls)
     with use_backend("reference"):

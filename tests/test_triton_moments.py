@@ -126,8 +126,9 @@ def test_interpreted_tf32_is_the_same_sum(case):
 
 
 @interpreted
-def test_interpreted_images_in_chunks_add_up(monkeypatch):
-    case = next(case for case in cases("conv2d_residual") if case.name == "1×1-center")
+@pytest.mark.parametrize("name", ["1×1-center", "runs"])
+def test_interpreted_images_and_runs_in_chunks_add_up(name, monkeypatch):
+    case = next(case for case in cases("conv2d_residual", "linear_residual") if case.name == name)
     whole = run(case)
     monkeypatch.setattr(gpu, "APART_BYTES", 1)
     for one, other in zip(whole, run(case), strict=True):
@@ -156,26 +157,27 @@ def test_interpreted_sites_of_a_group_get_what_they_get_alone(dtype):
 
 
 def residual_calls(dtype):
-    """Residuals with as many draws as positions of an image or fewer, and with more; one with none; one whole map."""
-    names = ("no bias", "strided", "1×1-full", "1×1-center", "3×3 then 1×1-full", "no images-full", "no draws-center")
-    chosen = [case for case in cases("linear_residual", "conv2d_residual") if case.name in (*names, "whole map-full")]
-    assert len(chosen) == len(names) + 1
-    chosen.append(replace(chosen[0], name="", widths=(5, 7, 3)))
-    chosen.append(replace(chosen[2], name="", layout="channels_last", channels=(8, 16, 40), maps=(2, 1), draws=5))
-    chosen.append(replace(chosen[3], name="", h_bias=False, draws=40))
+    """Residuals with more positions to an image, or rows to a sign, than draws and with fewer; none; whole maps."""
+    names = ("strided", "1×1-full", "1×1-center", "no images-full", "whole map-full", "strided runs", "runs")
+    names += ("a run beyond the rows", "no draws")
+    chosen = [case for case in cases("linear_residual", "conv2d_residual") if case.name in names]
+    assert len(chosen) == len(names)
+    few = next(case for case in chosen if case.name == "1×1-full")
+    chosen.append(replace(few, name="", layout="channels_last", channels=(8, 16, 40), maps=(2, 1), draws=5))
+    chosen.append(replace(few, name="", h_bias=False, kernel="center", draws=40))
     calls = []
     for case in chosen:
         (x, h, v, update), named = case.arguments(dtype, seed=4)
-        signs = named.pop("signs")
+        signs, run = named.pop("signs"), named.pop("rows_per_sign", 1)
         if case.name == "strided":
             update, signs = update.double(), signs.double().mT.contiguous().mT
-        calls.append(Residual(Call(x, h, v, **named), update, signs))
+        calls.append(Residual(Call(x, h, v, **named), update, signs, run))
     return calls
 
 
 def double(call):
     if isinstance(call, Residual):
-        return Residual(double(call.call), call.update.double(), call.signs.double())
+        return Residual(double(call.call), call.update.double(), call.signs.double(), call.rows_per_sign)
     return call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double())
 
 
@@ -193,17 +195,22 @@ def test_interpreted_residuals_of_a_group_get_what_they_get_alone(dtype):
 
 
 @interpreted
-def test_interpreted_groups_take_a_handful_of_launches(monkeypatch):
+@pytest.mark.parametrize(("draws", "most"), [(None, 4), (0, 6), (3, 6), (5, 6)])
+def test_interpreted_groups_take_a_handful_of_launches(draws, most, monkeypatch):
     from growkern.ops.moments import _triton
 
     launches = []
-    for name in ("pack_kernel", "correlate_kernel", "reduce_kernel", "assemble_kernel"):
-        kernel = getattr(_triton, name)
-        monkeypatch.setattr(_triton, name, Counted(kernel, launches))
-    calls = [Call(*torch.randn(3, 20, 8, 1, 1).unbind(), ConvGeometry(1), ConvGeometry(1)) for _ in range(20)]
+    for name in ("pack", "subtract_group", "correlate", "reduce", "combine", "assemble"):
+        kernel = getattr(_triton, f"{name}_kernel")
+        monkeypatch.setattr(_triton, f"{name}_kernel", Counted(kernel, launches))
+    calls = [Call(*torch.randn(3, 20, 8, 1, 5).unbind(), ConvGeometry(1), ConvGeometry(1)) for _ in range(10)]
     with use_backend("triton"):
-        grouped_moments(calls)
-    assert len(launches) <= 4
+        if draws is None:
+            grouped_moments(calls)
+        else:
+            signs = torch.ones(draws, 20) if draws else None
+            grouped_residuals([Residual(call, torch.zeros(8, 8), signs) for call in calls])
+    assert 3 <= len(launches) <= most
 
 
 class Counted:

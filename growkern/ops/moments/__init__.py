@@ -96,6 +96,7 @@ def linear_residual(
     update: Tensor,
     *,
     signs: Tensor | None = None,
+    rows_per_sign: int = 1,
     x_bias: bool = False,
     h_bias: bool = False,
     precision: str = "ieee",
@@ -110,8 +111,10 @@ def linear_residual(
         As in `linear_moments`.
     update : Tensor, shape (r, q)
         Change of the consumer's weights, its bias last with `h_bias`; float32 or float64.
-    signs : Tensor, shape (R, n), optional
-        Draws of ±1, one per row, in any floating-point dtype. None means R = 0.
+    signs : Tensor, shape (R, ⌈n / rows_per_sign⌉), optional
+        Draws of ±1, one per run of rows, in any floating-point dtype. None means R = 0.
+    rows_per_sign : int
+        Consecutive rows that share a sign; the last run may be shorter.
 
     Returns
     -------
@@ -127,10 +130,10 @@ def linear_residual(
     TypeError
         If dtypes differ or are not accepted.
     ValueError
-        If shapes or devices do not fit together, or `precision` is unknown.
+        If shapes or devices do not fit together, `precision` is unknown, or `rows_per_sign` is less than 1.
     """
     return torch.ops.growkern.linear_residual(
-        x.detach(), h.detach(), v.detach(), update.detach(), signs, x_bias, h_bias, precision
+        x.detach(), h.detach(), v.detach(), update.detach(), signs, rows_per_sign, x_bias, h_bias, precision
     )
 
 
@@ -296,8 +299,11 @@ def grouped_residuals(calls: Sequence[Residual]) -> list[Three]:
     TypeError
         As the two ops do.
     ValueError
-        As the two ops do, or if the calls are on several kinds of devices.
+        As the two ops do, if `rows_per_sign` is not 1 for maps, or if the calls are on several kinds of devices.
     """
+    for call in calls:
+        if call.call.producer is not None and call.rows_per_sign != 1:
+            raise ValueError(f"rows_per_sign: expected 1 for convolutions, got {call.rows_per_sign}")
     return _grouped("grouped_residuals", [call.detach() for call in calls])
 
 
@@ -325,7 +331,7 @@ def _residual(call: Residual) -> Three:
     x, h, v, made, read, kernel, x_bias, h_bias, precision = call.call
     named: dict[str, Any] = {"signs": call.signs, "x_bias": x_bias, "h_bias": h_bias, "precision": precision}
     if made is None or read is None:
-        return linear_residual(x, h, v, call.update, **named)
+        return linear_residual(x, h, v, call.update, rows_per_sign=call.rows_per_sign, **named)
     return conv2d_residual(x, h, v, call.update, producer=made, consumer=read, kernel=kernel, **named)
 
 
@@ -342,8 +348,8 @@ define(
 )
 define(
     "linear_residual",
-    "(Tensor x, Tensor h, Tensor v, Tensor update, Tensor? signs, bool x_bias, bool h_bias, str precision)"
-    " -> (Tensor xr, Tensor xr_null, Tensor hr_null)",
+    "(Tensor x, Tensor h, Tensor v, Tensor update, Tensor? signs, int rows_per_sign, bool x_bias, bool h_bias,"
+    " str precision) -> (Tensor xr, Tensor xr_null, Tensor hr_null)",
     linear_residual_shapes,
 )
 define(

@@ -91,7 +91,7 @@ def correlate_kernel(
     m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Tensor cores drop low bits when they add up: sums restart after every chain.
-    reach = BLOCK_K * CHAIN if CHAIN else last - first
+    reach = BLOCK_K * CHAIN if CHAIN else tl.maximum(last - first, 1)  # no step of nothing
     for chain in range(first, last, reach):
         part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(chain, tl.minimum(last, chain + reach), BLOCK_K):

@@ -82,6 +82,7 @@ class Residual(NamedTuple):
     call: Call
     update: Tensor
     signs: Tensor | None = None
+    rows_per_sign: int = 1  # images have a sign each
 
     def detach(self) -> "Residual":
         """Leave the graph of autograd."""
@@ -92,11 +93,6 @@ class Residual(NamedTuple):
         """Count the draws of signs."""
         return 0 if self.signs is None else len(self.signs)
 
-    @property
-    def run(self) -> int:
-        """Images or rows that share their signs."""
-        return 1
-
     def tensors(self) -> tuple[Tensor, ...]:
         """Give x, h, v, the update, and the signs as rows of float32 if there are any."""
         given = *self.call[:3], self.update
@@ -106,7 +102,7 @@ class Residual(NamedTuple):
         """Raise what the op would for these arguments."""
         x, h, v, _, _, kernel, x_bias, h_bias, precision = self.call
         if (geometries := self.call.geometries()) is None:
-            linear_residual_shapes(x, h, v, self.update, self.signs, x_bias, h_bias, precision)
+            linear_residual_shapes(x, h, v, *self[1:], x_bias, h_bias, precision)
         else:
             conv2d_residual_shapes(x, h, v, self.update, *geometries, kernel, self.signs, x_bias, h_bias, precision)
 
@@ -122,7 +118,7 @@ class Residual(NamedTuple):
     def apart(self) -> bool:
         """Whether to sum what shares signs once, and then under all draws, rather than everything anew for each."""
         hidden = self.call.h.shape[2:].numel()
-        return self.draws > 0 and self.run * hidden > 1 + self.draws
+        return self.draws > 0 and self.rows_per_sign * hidden > 1 + self.draws
 
 
 def packed(name: str, geometry: ConvGeometry) -> list[int]:

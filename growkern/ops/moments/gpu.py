@@ -116,12 +116,14 @@ def linear_residual(
     v: Tensor,
     update: Tensor,
     signs: Tensor | None,
+    rows_per_sign: int,
     x_bias: bool,
     h_bias: bool,
     precision: str,
 ) -> Three:
     """Sum x v⊥ᵀ, and x v⊥ᵀ and h v⊥ᵀ under every draw."""
-    return residual(engine, Residual(Call(x, h, v, None, None, "full", x_bias, h_bias, precision), update, signs))
+    call = Call(x, h, v, None, None, "full", x_bias, h_bias, precision)
+    return residual(engine, Residual(call, update, signs, rows_per_sign))
 
 
 def conv2d_residual(
@@ -168,7 +170,7 @@ def residual(engine: Engine, call: Residual) -> Three:
     x, h, v, made, read, kernel, x_bias, h_bias, precision = call.call
     if is_plain(x):
         if made is None or read is None:
-            return reference.linear_residual(x, h, v, call.update, call.signs, x_bias, h_bias, precision)
+            return reference.linear_residual(x, h, v, call.update, *call[2:], x_bias, h_bias, precision)
         geometries = made.pack(), read.pack()
         return reference.conv2d_residual(
             x, h, v, call.update, *geometries, kernel, call.signs, x_bias, h_bias, precision
@@ -179,20 +181,20 @@ def residual(engine: Engine, call: Residual) -> Three:
         if signs is None or not call.apart():
             table = _schedule(engine, plan, left, 1 + call.draws, None, precision)
             workspace = x.new_empty(table.elements, dtype=torch.float32)
-            engine.correlate(us, sources(left, left, left), workspace, table, precision, signs, call.run)
+            engine.correlate(us, sources(left, left, left), workspace, table, precision, signs, call.rows_per_sign)
             engine.reduce(workspace, table)
         else:
             slots = sum(math.prod(plan.extent(number)) for number in range(len(plan.products)))
             runs = max(1, APART_BYTES // (4 * max(1, slots)))
-            whole = left._replace(data=left.data[: runs * call.run])
-            table = _schedule(engine, plan, whole, 1 + call.draws, call.run, precision)
+            whole = left._replace(data=left.data[: runs * call.rows_per_sign])
+            table = _schedule(engine, plan, whole, 1 + call.draws, call.rows_per_sign, precision)
             workspace = x.new_empty(table.elements, dtype=torch.float32)
             for start in range(0, signs.shape[1], runs):
-                some = slice(start * call.run, (start + runs) * call.run)
+                some = slice(start * call.rows_per_sign, (start + runs) * call.rows_per_sign)
                 sides = [each._replace(data=each.data[some]) for each in us[:3]]
                 part = left._replace(data=left.data[some])
                 engine.correlate(
-                    sources(*sides), sources(part, part, part), workspace, table, precision, None, call.run
+                    sources(*sides), sources(part, part, part), workspace, table, precision, None, call.rows_per_sign
                 )
                 engine.combine(workspace, table, signs[:, start : start + runs], start > 0)
         return _residuals(engine, plan, table, table.slots_of(workspace))

@@ -33,7 +33,7 @@ def grouped_residuals(engine: gpu.Engine, calls: Sequence[Residual]) -> list[Thr
     key = []
     for call in calls:
         tensors.append(call.tensors())
-        key.append((*map(_facts, tensors[-1]), *call.call[3:], call.run))
+        key.append((*map(_facts, tensors[-1]), *call.call[3:], call.rows_per_sign))
     return _run(engine, tuple(key), calls, tensors, gpu.residual, _residuals)
 
 
@@ -97,9 +97,9 @@ def _moments(engine: gpu.Engine, calls: Sequence[Call]) -> list[tuple[list[int],
 def _residuals(engine: gpu.Engine, calls: Sequence[Residual]) -> list[tuple[list[int], Layout]]:
     together: dict[tuple[Any, ...], list[int]] = {}
     totals: dict[tuple[Any, ...], int] = {}
-    for number, (call, update, _) in enumerate(calls):
+    for number, (call, update, *_) in enumerate(calls):
         plan, apart, draws = calls[number].plan(), calls[number].apart(), calls[number].draws
-        runs = -(-len(call.x) // calls[number].run) if apart else 0
+        runs = -(-len(call.x) // calls[number].rows_per_sign) if apart else 0
         elements = runs * sum(math.prod(plan.extent(product)) for product in range(len(plan.products)))
         if _fits(call) and elements <= APART_ELEMENTS:
             tiles = engine.tiles(plan, torch.float32, call.precision, call.x.device)

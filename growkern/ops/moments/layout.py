@@ -109,7 +109,9 @@ class Layout:
         )
         if draws:
             samples = tensors[4].shape[1]
-            self._signs.add((self._tensors + TENSORS + 4, 0), samples, samples if self._apart else residual.run)
+            self._signs.add(
+                (self._tensors + TENSORS + 4, 0), samples, samples if self._apart else residual.rows_per_sign
+            )
         starts = [self._result((1 + draws, *shape)) for shape in plan.shapes]
         nulls = [
             _view(start + math.prod(shape), draws, *shape) for start, shape in zip(starts, plan.shapes, strict=True)
@@ -117,7 +119,7 @@ class Layout:
         if call.full:
             nulls.append(_view(0, draws, 0, targets))  # no hr
         views = [_view(starts[0], *plan.shapes[0]), *nulls]
-        self._close(plan, call, residual.run, [x_side, h_side, left], views, len(tensors))
+        self._close(plan, call, residual.rows_per_sign, [x_side, h_side, left], views, len(tensors))
 
     def finish(self, tiles: Tiles) -> None:
         """Make the tables, after the last site."""
