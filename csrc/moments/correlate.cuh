@@ -42,7 +42,7 @@ struct Correlation {
   const float* signs;  // (draws − 1, pitch), or none; they multiply v. Draw 0 is of ones.
   int64_t pitch, run;
 
-  bool is_signed() const { return signs || drawn; }
+  __device__ __host__ bool is_signed() const { return signs || drawn; }
 };
 
 template <class Math, int BLOCK>
@@ -65,10 +65,7 @@ struct Correlate {
   const Item item;
   const Product& product;
   const Side u, v;
-  const int64_t positions, first, last;
-  const bool multiplied;
-  const float* signs;  // of this draw
-  int64_t length_of_run;
+  const int64_t first, last;
   const int row = threadIdx.x / across, channel = threadIdx.x % across * chunk;
   Chunk<chunk> u_read[parts], v_read[parts];
 
@@ -84,15 +81,14 @@ struct Correlate {
   __device__ Correlate(const Correlation& task_, unsigned char* memory)
       : task(task_), shared(*reinterpret_cast<Shared*>(memory)), item(task.items[blockIdx.x]),
         product(task.products[item.product]), u(pick(task, task.u, product.u)), v(pick(task, task.v, product.v)),
-        positions((task.sources ? task.sources[product.u].images : task.images) * product.area),
-        first(item.split * product.length), last(min(positions, first + product.length)),
-        multiplied(product.draw > 0), signs(task.signs), length_of_run(task.run) {
-    int64_t pitch = task.pitch;
-    if (task.drawn) {
-      const Signs& of_site = task.drawn[product.u / 4];
-      signs = reinterpret_cast<const float*>(of_site.address), pitch = of_site.pitch, length_of_run = of_site.run;
-    }
-    signs += (product.draw - 1) * pitch;
+        first(item.split * product.length), last(min(images() * product.area, first + product.length)) {}
+
+  __device__ int64_t images() const { return task.sources ? task.sources[product.u].images : task.images; }
+
+  __device__ float sign(int64_t image) const {
+    if (!task.drawn) return task.signs[(product.draw - 1) * task.pitch + image / task.run];
+    const Signs& of_site = task.drawn[product.u / 4];
+    return reinterpret_cast<const float*>(of_site.address)[(product.draw - 1) * of_site.pitch + image / of_site.run];
   }
 
   // Position k is (image, row, column); one division for all channels of a row.
@@ -100,7 +96,7 @@ struct Correlate {
     for (int i = threadIdx.x; i < depth; i += Grid::threads) {
       const int64_t k = start + i;
       int64_t image = 0, y = 0, x = 0;
-      if (positions < (int64_t(1) << 31)) {
+      if (last < (int64_t(1) << 31)) {
         const auto area = static_cast<uint32_t>(product.area), width = static_cast<uint32_t>(product.width);
         const uint32_t number = static_cast<uint32_t>(k) / area, rest = static_cast<uint32_t>(k) % area;
         image = number, y = rest / width, x = rest % width;
@@ -111,7 +107,7 @@ struct Correlate {
       const int64_t v_pixel = product.v_base + image * product.v_pixels + y * product.v_row + x * product.v_column;
       shared.elements[stage][0][i] = k < last ? u_pixel * u.pitch : -1;
       shared.elements[stage][1][i] = k < last ? v_pixel * v.pitch : -1;
-      if (multiplied) shared.signs[stage][i] = k < last ? signs[image / length_of_run] : 0;
+      if (task.is_signed()) shared.signs[stage][i] = k < last && product.draw ? sign(image) : 1.0f;
     }
   }
 
@@ -130,7 +126,7 @@ struct Correlate {
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
       const int at = (row + part * rows_at_once) * Grid::ld + channel;
-      const float sign = multiplied ? shared.signs[stage][row + part * rows_at_once] : 1.0f;
+      const float sign = task.is_signed() ? shared.signs[stage][row + part * rows_at_once] : 1.0f;
       u_read[part].write(shared.tiles[stage][0] + at, task.u_dtype, task.aligned, 1.0f);
       v_read[part].write(shared.tiles[stage][1] + at, task.v_dtype, task.aligned, sign);
     }

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(Grid<BLOCK>::threads) subtract_kernel(const __
 }
 
 template <class Math, int BLOCK>
-__global__ void __launch_bounds__(Grid<BLOCK>::threads) subtract_group_kernel(const Site* sites, int count, Dtype dtype,
+__global__ void __launch_bounds__(Grid<BLOCK>::threads, 1) subtract_group_kernel(const Site* sites, int count, Dtype dtype,
                                                                               int unit) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Site& site = row_of(sites, count);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kAssembleThreads) reduce_kernel(float* buffer,
   reduce_block(buffer, sums, elements);
 }
 
-__global__ void __launch_bounds__(kAssembleThreads) combine_kernel(const __grid_constant__ Combination task) {
+__global__ void __launch_bounds__(kAssembleThreads, 1) combine_kernel(const __grid_constant__ Combination task) {
   extern __shared__ __align__(16) unsigned char shared[];
   combine_block(task, reinterpret_cast<float*>(shared));
 }

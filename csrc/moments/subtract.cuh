@@ -42,6 +42,7 @@ struct Site {
     task.rows = static_cast<int>(area / columns), task.columns = static_cast<int>(columns);
     task.map_rows = static_cast<int>(map_rows), task.map_columns = static_cast<int>(map_columns);
     task.taps = static_cast<int>(taps), task.kernel_columns = static_cast<int>(kernel_columns);
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       task.stride[i] = static_cast<int>(stride[i]), task.padding[i] = static_cast<int>(padding[i]);
       task.step[i] = static_cast<int>(step[i]);
