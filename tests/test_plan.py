@@ -11,7 +11,7 @@ from torch import Tensor
 
 from growkern.backend import use_backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call, gpu, triton
+from growkern.ops.moments import Call, Residual, gpu, group, triton
 from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan, linear_plan
 from growkern.ops.moments.rows import is_far, read_by
 from growkern.ops.moments.schedule import Tiles, bucket, schedule
@@ -148,6 +148,31 @@ def test_batches_of_about_one_size_share_their_tables():
     assert all(images <= size <= 1 + images * 17 / 16 for images, size in enumerate(sizes, 1))
     assert sizes[:32] == list(range(1, 33))
     assert len({bucket(images) for images in range(3900, 4100)}) == 3
+
+
+class NoKernels:
+    """An engine of which every kernel does nothing."""
+
+    tiles, subtract_tile = staticmethod(triton.tiles), staticmethod(triton.subtract_tile)
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+def test_a_batch_a_little_longer_makes_no_tables_anew():
+    engine = NoKernels()
+    for rows, made in ((4000, True), (3969, False), (4096, False), (4097, True)):
+        x, h, v = (torch.empty(rows, width) for width in (31, 33, 17))
+        calls = [Call(x, h, v), Call(h, v, x, x_bias=True)]
+        residuals = [Residual(call, torch.empty(call.v.shape[1], call.h.shape[1])) for call in calls]
+        for run in (
+            lambda: gpu.moments(engine, calls[0]),  # noqa: B023
+            lambda: group.grouped_moments(engine, calls),  # noqa: B023
+            lambda: group.grouped_residuals(engine, residuals),  # noqa: B023
+        ):
+            before = schedule.cache_info().misses
+            run()
+            assert schedule.cache_info().misses == before + made
 
 
 def test_partial_sums_stay_within_their_share_of_memory():

@@ -278,7 +278,7 @@ def grouped_moments(calls: Sequence[Call]) -> list[Six]:
     ValueError
         As the two ops do, or if the calls are on several kinds of devices.
     """
-    return _grouped("grouped_moments", [call.detach() for call in calls])
+    return _grouped("grouped_moments", calls)
 
 
 def grouped_residuals(calls: Sequence[Residual]) -> list[Three]:
@@ -304,7 +304,7 @@ def grouped_residuals(calls: Sequence[Residual]) -> list[Three]:
     for call in calls:
         if call.call.producer is not None and call.rows_per_sign != 1:
             raise ValueError(f"rows_per_sign: expected 1 for convolutions, got {call.rows_per_sign}")
-    return _grouped("grouped_residuals", [call.detach() for call in calls])
+    return _grouped("grouped_residuals", calls)
 
 
 def _grouped(op: str, calls: Sequence[Any]) -> list[Any]:
@@ -315,7 +315,7 @@ def _grouped(op: str, calls: Sequence[Any]) -> list[Any]:
     if len(kinds) > 1:
         raise ValueError(f"calls: expected all tensors on one kind of device, got {' and '.join(sorted(kinds))}")
     (device,) = kinds
-    with torch.autocast(device, enabled=False):
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         return implementation(op, device)(calls)
 
 

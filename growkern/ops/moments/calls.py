@@ -33,10 +33,6 @@ class Call(NamedTuple):
     h_bias: bool = False
     precision: str = "ieee"
 
-    def detach(self) -> "Call":
-        """Leave the graph of autograd."""
-        return self._replace(x=self.x.detach(), h=self.h.detach(), v=self.v.detach())
-
     @property
     def full(self) -> bool:
         """Whether there is no xh."""
@@ -83,10 +79,6 @@ class Residual(NamedTuple):
     update: Tensor
     signs: Tensor | None = None
     rows_per_sign: int = 1  # images have a sign each
-
-    def detach(self) -> "Residual":
-        """Leave the graph of autograd."""
-        return self._replace(call=self.call.detach(), update=self.update.detach())
 
     @property
     def draws(self) -> int:
