@@ -53,8 +53,8 @@ def test_the_cases_of_the_table_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_the_kernels_compile_without_spills_and_with_matrix_instructions():
-    """bench/triton_compiled.py fails on a kernel that spills, takes too much shared memory or multiplies by hand."""
-    rows = python("bench/triton_compiled.py", "--only", "64ch 32² B=128-full", "width 32").splitlines()
+    """bench/compiled.py fails on a kernel that spills, takes too much shared memory or multiplies by hand."""
+    rows = python("bench/compiled.py", "--only", "64ch 32² B=128-full", "width 32").splitlines()
     kernels = {tuple(row.split()[:2]) for row in rows}
     targets, names = ("sm_80", "sm_90", "sm_100", "gfx942"), ("correlate", "assemble", "reduce", "subtract", "pack")
     assert kernels == {(k, t) for k in names for t in targets}

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from growkern.backend import define, has_triton, implementation, register
+from growkern.backend import define, implementation, register
 from growkern.ops import native
-from growkern.ops.moments import group, reference  # noqa: F401  (the reference registers its implementations)
+from growkern.ops.moments import group, reference, triton  # noqa: F401  (the reference registers itself)
 from growkern.ops.moments.calls import Call, Residual, packed
 from growkern.ops.moments.checks import (
     conv2d_moments_shapes,
@@ -29,10 +29,7 @@ if native.load("cuda"):
     from growkern.ops.moments import cuda
 
     group.serve(cuda, "cuda")
-if has_triton():
-    from growkern.ops.moments import triton
-
-    group.serve(triton, "triton")
+group.serve(triton, "triton")
 
 __all__ = [
     "Call",

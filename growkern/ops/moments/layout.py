@@ -131,6 +131,8 @@ class Layout:
         )  # fmt: skip
         _, start = self._reserve(4 * self._schedule.elements)
         self._workspace = slice(start // 4, start // 4 + self._schedule.elements)
+        for table in self._tables:  # each starts at whole 16 bytes
+            table.entries += [(NOTHING, 0)] * (len(table.entries) % 2)
         entries = np.array([entry for table in self._tables for entry in table.entries], np.int64).reshape(-1, 2)
         self._owners, self._numbers = entries[:, 0].copy(), entries[:, 1].copy()
         self._sizes = [len(table.entries) for table in self._tables]
@@ -157,7 +159,7 @@ class Layout:
         v = results if self._left.programs else like
         engine.correlate_group(sources, like, v, workspace, tables, precision, multiplied)
         if self._draws and self._apart:
-            engine.combine_group(workspace, tables, signs.view(-1, 3))
+            engine.combine_group(workspace, tables, signs)
         else:
             engine.reduce(workspace, tables)
         engine.assemble_group(tables.slots_of(workspace), tables, targets)

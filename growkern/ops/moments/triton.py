@@ -106,6 +106,7 @@ def _correlate(
         FIELDS=FIELDS,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **(_all_registers() if signed else {}),  # otherwise they would cost programs
     )
 
 
@@ -148,6 +149,8 @@ def _combine(
         PRECISION=_precision("ieee", False, workspace.device),
         DRAWS=COMBINE_DRAWS,
         BLOCK=COMBINE_BLOCK,
+        num_warps=8,
+        **_all_registers(),
     )
 
 
@@ -181,6 +184,7 @@ def _assemble(slots: Tensor, plan: Schedule, targets: Sequence[Tensor], addresse
         FIELDS=REGION_FIELDS,
         ROWS=ASSEMBLE_ROWS,
         COLUMNS=ASSEMBLE_COLUMNS,
+        **_all_registers(),
     )
 
 
@@ -264,9 +268,13 @@ def subtract_group(
 
 
 def _subtract_options(tile: tuple[int, int], precision: str, device: torch.device) -> dict[str, Any]:
-    options = {"PRECISION": _precision(precision, False, device), "BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 32}
-    # All registers are allowed, or ptxas spills some of them for the sake of more programs.
-    return options if torch.version.hip else options | {"maxnreg": 255}
+    blocks = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 32}
+    return {"PRECISION": _precision(precision, False, device), **blocks, **_all_registers()}
+
+
+def _all_registers() -> dict[str, int]:
+    """Allow all registers, or ptxas spills some of them for the sake of more programs."""
+    return {} if torch.version.hip else {"maxnreg": 255}
 
 
 def _count(table: Tensor) -> int:
