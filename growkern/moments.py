@@ -19,7 +19,7 @@ from growkern.ops.moments import Residual, grouped_residuals
 from growkern.passes import Passes
 from growkern.probe import LossFn, Probe, measured_together
 from growkern.sites import GrowthSite
-from growkern.whitening import factor
+from growkern.whitening import least_squares
 
 
 @dataclass
@@ -194,11 +194,9 @@ def collect(
             hooks.enter_context(probe.watching())
         sums = run.sweep(probes, lambda some, _: measured_together(some))
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
-        updates = {
-            name: factor(sums[name]["hh"] / counts[name]).solve(sums[name]["hv"] / counts[name]).mT
-            for name, probe in probes.items()
-            if null_draws or probe.kernel == "full"
-        }
+        again = [name for name, probe in probes.items() if null_draws or probe.kernel == "full"]
+        means = {name: (sums[name]["hh"] / counts[name], sums[name]["hv"] / counts[name]) for name in again}
+        updates = {name: update.mT for name, update in least_squares(means).items()}
 
         def residual(probe: Probe, batch_size: int) -> Residual:
             return probe.residual(updates[probe.site.name], null_draws, batch_size, signs)
