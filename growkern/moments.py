@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
-from growkern.ops.moments import Residual, grouped_residuals
 from growkern.passes import Passes
-from growkern.probe import LossFn, Probe, measured_together
+from growkern.probe import LossFn, Probe, measured_together, residuals_together
 from growkern.sites import GrowthSite
 from growkern.whitening import least_squares
 
@@ -198,14 +197,8 @@ def collect(
         means = {name: (sums[name]["hh"] / counts[name], sums[name]["hv"] / counts[name]) for name in again}
         updates = {name: update.mT for name, update in least_squares(means).items()}
 
-        def residual(probe: Probe, batch_size: int) -> Residual:
-            return probe.residual(updates[probe.site.name], null_draws, batch_size, signs)
-
-        def together(some: Sequence[Probe], batch_size: int) -> list[dict[str, Tensor]]:
-            sums = grouped_residuals([residual(probe, batch_size) for probe in some])
-            return [dict(zip(("xr", "null", "null_h"), each, strict=True)) for each in sums]
-
-        second = run.sweep({name: probes[name] for name in updates}, together)
+        remaining = {name: probes[name] for name in updates}
+        second = run.sweep(remaining, lambda some, size: residuals_together(some, updates, null_draws, size, signs))
     return {
         name: _assemble(probe, counts[name], reduction, sums[name] | second.get(name, {}), updates.get(name))
         for name, probe in probes.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,15 @@ def measured_together(probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
         if "uniform" in each:
             sums[-1]["uniform"] = next(found)[0]
     return sums
+
+
+def residuals_together(
+    probes: Sequence[Probe], updates: Mapping[str, Tensor], draws: int, batch_size: int, generator: torch.Generator
+) -> list[dict[str, Tensor]]:
+    """Sum up N of sites together, and its draws with random signs, with v⊥ = v − update·h."""
+    calls = [probe.residual(updates[probe.site.name], draws, batch_size, generator) for probe in probes]
+    names = ("xr", "null", "null_h")
+    return [dict(zip(names, sums, strict=True)) for sums in ops.moments.grouped_residuals(calls)]
 
 
 class Probe:
@@ -165,7 +174,7 @@ class Probe:
         return calls
 
     def residual(self, update: Tensor, draws: int, batch_size: int, generator: torch.Generator) -> Residual:
-        """Give what to sum up for N and its draws with random signs, with v⊥ = v − update·h."""
+        """Give what to sum up for N and its draws with random signs."""
         signs, run = None, 1
         if draws:
             abound = self.kernel == "linear"  # an image is worth a sign of its own
