@@ -108,7 +108,7 @@ def test_a_schedule_covers_every_position_of_every_tile_once(images, draws, runs
     for number, (owner, local, n, run) in enumerate(products * (1 if runs else draws)):
         product, (u, v) = owner.products[local], owner.extent(local)
         row = table.products[number].tolist()
-        length, target, stride, draw, symmetric = *row[6:9], *row[17:]
+        length, target, stride, draw, symmetric = *row[6:9], *row[17:19]
         area = product.rows.length * product.columns.length
         positions = n * area
         assert run is None or length == run * area

@@ -1,5 +1,6 @@
 """The Triton kernels of the moments where there is no GPU: interpreted on the CPU, and compiled for others."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -115,6 +116,43 @@ def test_interpreted_tiles_need_not_be_square(case, monkeypatch):
     monkeypatch.setattr(triton, "tiles", lambda *arguments: Tiles(32, 16, 16, 1))
     for one, right in zip(run(case), expected(case), strict=True):
         assert error(one, right) <= TOLERANCES[torch.float32]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("op", "shifts", "name"),
+    [
+        ("conv2d_residual", 2, "3×3-center"),
+        ("conv2d_residual", 4, "5×5-full"),
+        ("conv2d_moments", 4, "3×3 no bias-full"),
+    ],
+)
+def test_interpreted_shifts_may_share_a_tile_of_u(op, shifts, name, monkeypatch, many_splits):
+    from growkern.ops.moments import triton
+
+    case = next(case for case in cases(op) if case.name == name)
+    monkeypatch.setattr(triton, "tiles", lambda *arguments: Tiles(16, 16, 32, 1, shifts=shifts))
+    launches = []
+    kernel = importlib.import_module("growkern.ops.moments._triton").correlate_kernel
+    monkeypatch.setattr("growkern.ops.moments._triton.correlate_kernel", Counted(kernel, launches))
+    for one, right in zip(run(case), expected(case), strict=True):
+        assert error(one, right) <= TOLERANCES[torch.float32]
+    assert len(launches) == 2  # of several shifts, and of what is left
+
+
+@interpreted
+def test_interpreted_narrow_sides_have_tiles_of_their_own(monkeypatch):
+    from growkern.ops.moments import triton
+
+    case = next(case for case in cases("conv2d_moments") if case.name == "1×1-center")
+    case = replace(case, channels=(3, 40, 33))
+    monkeypatch.setattr(triton, "tiles", lambda *arguments: Tiles(32, 32, 32, 4))
+    launches = []
+    kernel = importlib.import_module("growkern.ops.moments._triton").correlate_kernel
+    monkeypatch.setattr("growkern.ops.moments._triton.correlate_kernel", Counted(kernel, launches))
+    for one, right in zip(run(case), expected(case), strict=True):
+        assert error(one, right) <= TOLERANCES[torch.float32]
+    assert len(launches) > 1
 
 
 @interpreted

@@ -49,12 +49,15 @@ def _source(table, like, ALIGN: tl.constexpr):
 def correlate_kernel(
     ux, uh, uv, u_ones, vx, vh, vv, v_ones,
     x_pitch, h_pitch, v_pitch, x_channels, h_channels, v_channels, images,
-    out, products, items, signs, samples, run, sources, draws,
+    out, products, signs, samples, run, sources, draws, items,
     ALIGN: tl.constexpr, GROUPED: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, SIGNED: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, CHAIN: tl.constexpr, FIELDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
-    """Sum u(k) v(k)ᵀ over k for one tile of a product over one range of positions."""
+    """Sum u(k) v(k)ᵀ over k for one tile of a product over one range of positions; or of products at several shifts.
+
+    Then the tiles of v lie side by side, each one pixel further, and those of u are read once for all.
+    """
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     item = items + 4 * tl.program_id(0)
     product = products + tl.load(item) * FIELDS
@@ -88,12 +91,15 @@ def correlate_kernel(
 
     first = split.to(index) * length
     last = tl.minimum(images.to(index) * area, first + length)
-    m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    across = tl.arange(0, BLOCK_N * SHIFTS)
+    shift, n = across // BLOCK_N, tile_n * BLOCK_N + across % BLOCK_N
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column, last_column = tl.load(product + 19).to(index), tl.load(product + 20).to(index)
+    total = tl.zeros((BLOCK_M, BLOCK_N * SHIFTS), tl.float32)
     # Tensor cores drop low bits when they add up: sums restart after every chain.
     reach = BLOCK_K * CHAIN if CHAIN else tl.maximum(last - first, 1)  # no step of nothing
     for chain in range(first, last, reach):
-        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        part = tl.zeros((BLOCK_M, BLOCK_N * SHIFTS), tl.float32)
         for start in range(chain, tl.minimum(last, chain + reach), BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             valid = k < last
@@ -108,7 +114,13 @@ def correlate_kernel(
                 u_pixel = u_base + image * u_pixels + row * u_row + column * u_column
                 v_pixel = v_base + image * v_pixels + row * v_row + column * v_column
             a = _columns(u_pointer, u_pixel, u_pitch, m, u_channels, valid).to(OPERAND)
-            b = _rows(v_pointer, v_pixel, v_pitch, n, v_channels, valid).to(OPERAND)
+            if SHIFTS > 1:
+                place = first_column + column[:, None] + shift[None, :]
+                there = valid[:, None] & (place >= 0) & (place < last_column) & (n < v_channels)[None, :]
+                pixels = v_pixel[:, None] + shift[None, :]
+                b = tl.load(v_pointer + pixels * v_pitch + n[None, :], mask=there, other=0.0).to(OPERAND)
+            else:
+                b = _rows(v_pointer, v_pixel, v_pitch, n, v_channels, valid).to(OPERAND)
             if SIGNED:
                 # The first draw is of ones, and has none in memory.
                 b *= tl.load(sign + image // run, mask=valid & (draw > 0), other=1.0)[:, None].to(OPERAND)
@@ -125,10 +137,14 @@ def correlate_kernel(
 
     target = out + tl.load(product + 7) + split.to(tl.int64) * tl.load(product + 8)
     inside = (m < m_size)[:, None] & (n < n_size)[None, :]
-    tl.store(target + m.to(tl.int64)[:, None] * n_size + n[None, :], total, mask=inside)
-    if (tl.load(product + 18) != 0) & (tile_m != tile_n):  # a symmetric product has no tiles below the diagonal
-        below = (n < n_size)[:, None] & (m < m_size)[None, :]
-        tl.store(target + n.to(tl.int64)[:, None] * n_size + m[None, :], tl.trans(total), mask=below)
+    if SHIFTS > 1:
+        targets = target + (shift.to(tl.int64) * tl.load(product + 21) + n)[None, :]
+        tl.store(targets + m.to(tl.int64)[:, None] * n_size, total, mask=inside)
+    else:
+        tl.store(target + m.to(tl.int64)[:, None] * n_size + n[None, :], total, mask=inside)
+        if (tl.load(product + 18) != 0) & (tile_m != tile_n):  # a symmetric product has no tiles below the diagonal
+            below = (n < n_size)[:, None] & (m < m_size)[None, :]
+            tl.store(target + n.to(tl.int64)[:, None] * n_size + m[None, :], tl.trans(total), mask=below)
 
 
 @triton.jit

@@ -37,32 +37,32 @@ def correlate(
     run: int,
 ) -> None:
     """Launch one block of threads for every item of the schedule."""
-    if not len(plan.items):
-        return
     sides = (*us, *vs)
-    native.correlate(
-        [each.data for each in us],
-        [each.data for each in vs],
-        [each.pitch for each in sides],
-        [each.channels for each in sides],
-        _aligned(*sides),
-        out,
-        plan.products,
-        plan.items,
-        signs,
-        run,
-        plan.tiles.block_m,
-        precision == "tf32",
-    )
+    for launch in plan.launches:
+        native.correlate(
+            [each.data for each in us],
+            [each.data for each in vs],
+            [each.pitch for each in sides],
+            [each.channels for each in sides],
+            _aligned(*sides),
+            out,
+            plan.products,
+            launch.items,
+            signs,
+            run,
+            max(launch.block_m, launch.block_n),  # a side of 16 has one tile, whatever its size
+            precision == "tf32",
+        )
 
 
 def correlate_group(
     sources: Tensor, u: Tensor, v: Tensor, out: Tensor, plan: Schedule, precision: str, draws: Tensor | None
 ) -> None:
     """Do the same for several sites, from tables."""
-    if len(plan.items):
-        unit, tables = 16 // min(u.itemsize, v.itemsize), (plan.products, plan.items)
-        native.correlate_group(sources, draws, unit, u, v, out, *tables, plan.tiles.block_m, precision == "tf32")
+    unit, tf32 = 16 // min(u.itemsize, v.itemsize), precision == "tf32"
+    for block_m, block_n, *_, items in plan.launches:
+        block = max(block_m, block_n)
+        native.correlate_group(sources, draws, unit, u, v, out, plan.products, items, block, tf32)
 
 
 def pack(copies: Tensor, programs: int, source: Tensor, target: Tensor) -> None:

@@ -52,7 +52,6 @@ def correlate(
         len(us[0].data),
         out,
         plan.products,
-        plan.items,
         *((out, 0) if signs is None else (signs, signs.stride(0))),
         run,
         plan.products,
@@ -68,7 +67,7 @@ def correlate_group(
 ) -> None:
     """Do the same for several sites, from tables."""
     sides, sizes = [u] * 4 + [v] * 4, [0] * 7
-    tables = plan.products, plan.items, out, 0, 1, sources, plan.products if draws is None else draws
+    tables = plan.products, out, 0, 1, sources, plan.products if draws is None else draws
     dtypes = u.dtype, v.dtype
     align = 16 // min(u.itemsize, v.itemsize)
     _correlate((*sides, *sizes, out, *tables), plan, dtypes, precision, align, True, False, False, draws is not None)
@@ -88,26 +87,27 @@ def _correlate(
     from growkern.ops.moments import _triton as kernels
 
     tiles, half = plan.tiles, dtypes[1].itemsize == 2
-    if not len(plan.items):
-        return
-    kernels.correlate_kernel[(len(plan.items),)](
-        *arguments,
-        ALIGN=align,
-        GROUPED=grouped,
-        MATRIX=matrix,
-        WIDE=wide,
-        SIGNED=signed,
-        PRECISION=_precision(precision, half, plan.items.device),
-        OPERAND=_operand(*dtypes),
-        CHAIN=CHAIN // tiles.block_k if half else 0,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
-        FIELDS=FIELDS,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **(_all_registers() if signed else {}),  # otherwise they would cost programs
-    )
+    for block_m, block_n, shifts, warps, items in plan.launches:
+        kernels.correlate_kernel[(len(items),)](
+            *arguments,
+            items,
+            ALIGN=align,
+            GROUPED=grouped,
+            MATRIX=matrix,
+            WIDE=wide,
+            SIGNED=signed,
+            PRECISION=_precision(precision, half, items.device),
+            OPERAND=_operand(*dtypes),
+            CHAIN=CHAIN // tiles.block_k if half else 0,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=tiles.block_k,
+            SHIFTS=shifts,
+            FIELDS=FIELDS,
+            num_warps=warps,
+            num_stages=tiles.stages,
+            **(_all_registers() if signed else {}),  # otherwise they would cost programs
+        )
 
 
 def reduce(workspace: Tensor, plan: Schedule) -> None:
