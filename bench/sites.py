@@ -1,7 +1,8 @@
 """Many sites at once, and the whole statistics pass of a network beside the forward and backward pass it rides on.
 
 python bench/sites.py [--device cuda|cpu] [--out FILE] [--repeats N]: medians of times taken in turns, after a
-check against float64. Without --out the figures are printed only.
+check against float64. Without --out the figures are printed only. With --host: what a call of a group costs the host
+where everything about its shapes is known, with kernels that do nothing, as needs no GPU.
 """
 
 import argparse
@@ -11,14 +12,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import growkern as gk
+from growkern import backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call, grouped_moments
+from growkern.ops.moments import Call, Residual, grouped_moments, grouped_residuals, triton
+from growkern.ops.moments import group as group_module
 from growkern.training.models import Block
 
 TOLERANCE = 2e-6
@@ -51,6 +55,41 @@ def convolution_sites(device: str) -> list[Call]:
     return [
         Call(*torch.randn(3, 32, channels, side, side, device=device).unbind(), SAME, SAME) for channels, side in shapes
     ]
+
+
+class NoKernels:
+    """An engine of which every kernel does nothing, and which cuts as Triton's does."""
+
+    tiles, subtract_tile = staticmethod(triton.tiles), staticmethod(triton.subtract_tile)
+
+    def __getattr__(self, kernel: str) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+def host(name: str, calls: list[Call], repeats: int) -> dict:
+    """Milliseconds of the host for the first and the second pass over a group of sites: the least and the median."""
+    residuals = []
+    for call in calls:
+        features = call.h.shape[1] * (call.consumer.taps if call.consumer else 1) + call.h_bias
+        update = torch.zeros(call.v.shape[1], features, dtype=torch.float64)
+        residuals.append(Residual(call, update, torch.ones(16, len(call.x))))
+    row: dict = {"case": name}
+    for op, given in ((grouped_moments, calls), (grouped_residuals, residuals)):
+        taken = []
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            op(given)
+            taken.append(time.perf_counter() - start)
+        figures = {"least": min(taken[2:]), "median": statistics.median(taken[2:]), "first": taken[0]}
+        row[op.__name__] = {key: f"{value * 1e3:.3f} ms" for key, value in figures.items()}
+    return row
+
+
+def time_host(repeats: int) -> None:
+    group_module.serve(NoKernels(), "triton")
+    with mock.patch.dict(backend.DEVICES, {"triton": ("cpu",)}), backend.use_backend("triton"):
+        print(host("20 linear sites", linear_sites("cpu"), repeats))
+        print(host("20 convolutions", convolution_sites("cpu"), repeats))
 
 
 def six_products(call: Call) -> list[Tensor]:
@@ -113,7 +152,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--host", action="store_true")
     args = parser.parse_args()
+    if args.host:
+        return time_host(args.repeats)
     torch.manual_seed(0)
     rows = []
     for name, job in (
