@@ -22,6 +22,8 @@ from growkern.training.models import Block
 TOLERANCE = 2e-6
 THROUGH_A_NETWORK = 1e-3  # float32 activations and gradients of 18 layers
 SAME = ConvGeometry(3, 1, 1)
+TWENTY_WIDTHS = [(16, 32, 64, 128, 256)[number % 5] for number in range(20)]
+TWENTY_MAPS = [((8, 32), (16, 16), (32, 8))[number * 3 // 20] for number in range(20)]  # channels, side
 
 
 def linear_calls(widths: list[int], rows: int, device: str) -> list[Call]:
@@ -76,14 +78,14 @@ def described(op: str, name: str, device: str) -> dict[str, Any]:
 
 def test_linear_sites(race: Race, device: str, request: pytest.FixtureRequest) -> None:
     rows = 4096 if request.config.option.size == "bench" else 64
-    widths = [(16, 32, 64, 128, 256)[number % 5] for number in range(20)]
-    measure_group(f"20 linear sites of 16 to 256, {rows} rows", linear_calls(widths, rows, device), race, device)
+    name = f"20 linear sites of 16 to 256, {rows} rows"
+    measure_group(name, linear_calls(TWENTY_WIDTHS, rows, device), race, device)
 
 
 def test_convolution_sites(race: Race, device: str, request: pytest.FixtureRequest) -> None:
     images = 32 if request.config.option.size == "bench" else 2
-    shapes = [((8, 32), (16, 16), (32, 8))[number * 3 // 20] for number in range(20)]
-    measure_group(f"20 convolutions of 8 to 32, {images} images", map_calls(shapes, images, device), race, device)
+    name = f"20 convolutions of 8 to 32, {images} images"
+    measure_group(name, map_calls(TWENTY_MAPS, images, device), race, device)
 
 
 def resnet18(inner: int) -> nn.Module:

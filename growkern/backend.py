@@ -78,16 +78,17 @@ def available(op: str) -> tuple[str, ...]:
     tuple of str
         Backend names; empty where there is no such op.
     """
-    return tuple(backend for backend in BACKENDS if backend in _implementations.get(op, {}))
+    return tuple(backend for backend in BACKENDS if backend in _implementations.get(op, {}) and _is_here(backend))
 
 
+@functools.cache
 def has_triton() -> bool:
     """Tell whether Triton kernels can run here: Triton is installed, and a GPU is there or its interpreter is on.
 
     Returns
     -------
     bool
-        Whether to register them; nothing of Triton is imported to tell.
+        Whether they can; nothing of Triton is imported to tell, but CUDA is asked for devices.
     """
     return importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
 
@@ -199,12 +200,18 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     if name == "auto":
         if device == "cpu" and "cpp" not in known:
             _mention_missing_kernels()
-        name = next(each for each in BACKENDS if each in known and device in DEVICES.get(each, (device,)))
-    elif name not in known:
+        fitting = (each for each in BACKENDS if each in known and device in DEVICES.get(each, (device,)))
+        name = next(each for each in fitting if _is_here(each))
+    elif name not in known or not _is_here(name):
         raise RuntimeError(f"{op} has no {name} implementation here; available: {', '.join(available(op))}")
     elif device not in DEVICES.get(name, (device,)):
         raise RuntimeError(f"{op}: {name} takes {' or '.join(DEVICES[name])} tensors, got one on {device}")
     return known[name]
+
+
+def _is_here(backend: str) -> bool:
+    """Whether a backend that is registered can run; asked only where it matters, as it may start CUDA."""
+    return backend != "triton" or has_triton()
 
 
 @functools.cache

@@ -22,6 +22,11 @@ def test_importing_adds_less_than_a_third_of_a_second_to_torch():
     assert seconds(("import torch", "import growkern")) < 0.3
 
 
+def test_importing_asks_for_no_gpu():
+    asked = "import torch; torch.cuda.is_available = torch.cuda.device_count = None; import growkern"
+    subprocess.run([sys.executable, "-c", asked], check=True)
+
+
 def test_public_names_exist_and_are_documented():
     for name in growkern.__all__:
         assert getattr(growkern, name).__doc__, name
