@@ -52,10 +52,10 @@ while read -r part seconds; do
   tar -cf "$out/bench.tar" -C "$logs" results
 done << 'PARTS'
 moments 90
-jacobi 20
-solve 20
-sites 10
-scaling 15
+jacobi 25
+solve 25
+sites 30
+scaling 25
 PARTS
 step tune "$(left 60)" growkern tune --widths 64,256 || true # what was found within the time counts
 cp "$logs/tune" "$out/tune.txt"
