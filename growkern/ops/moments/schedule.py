@@ -210,7 +210,8 @@ def schedule(
     uploaded = dict(zip(names, _uploaded(arrays, device), strict=True))
     launches, start = [], 0
     for (block_m, block_n, shifted), length in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
-        warps = max(1, tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n))
+        # Narrow tiles have more operands for each sum, and so more warps.
+        warps = min(tiles.warps, max(1, 2 * tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n)))
         part = uploaded["items"][start : start + int(length)]
         launches.append(Launch(int(block_m), int(block_n), int(shifted), warps, part))
         start += int(length)

@@ -106,7 +106,8 @@ def _correlate(
             FIELDS=FIELDS,
             num_warps=warps,
             num_stages=tiles.stages,
-            **(_all_registers() if signed else {}),  # otherwise they would cost programs
+            # Elsewhere all registers would cost programs.
+            **(_all_registers() if signed or min(block_m, block_n) < tiles.block_m else {}),
         )
 
 
