@@ -159,8 +159,11 @@ def define(op: str, schema: str, shapes: Callable[..., Sequence[Sequence[int]]])
     @torch.library.impl(f"growkern::{op}", "CompositeExplicitAutograd")
     def run(*args: Any) -> tuple[Tensor, ...]:
         shapes(*args)
-        with torch.autocast(args[0].device.type, enabled=False):
-            return implementation(op, args[0].device.type)(*args)
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return implementation(op, device)(*args)
+        with torch.autocast(device, enabled=False):
+            return implementation(op, device)(*args)
 
     @torch.library.register_fake(f"growkern::{op}")
     def fake(*args: Any) -> tuple[Tensor, ...]:
@@ -193,17 +196,17 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     name = _chosen or os.environ.get("GROWKERN_BACKEND", "auto")
     if name not in ACCEPTED:
         raise ValueError(f"GROWKERN_BACKEND: expected one of {', '.join(ACCEPTED)}, got {name!r}")
+    known = _implementations[op]
     if name == "auto":
-        there = _implementations[op]
-        fitting = [each for each in BACKENDS if each in there and device in DEVICES.get(each, (device,))]
-        if device == "cpu" and "cpp" not in there:
+        if device == "cpu" and "cpp" not in known:
             _mention_missing_kernels()
+        fitting = (each for each in BACKENDS if each in known and device in DEVICES.get(each, (device,)))
         name = next(each for each in fitting if _is_here(each))
-    elif name not in (names := available(op)):
-        raise RuntimeError(f"{op} has no {name} implementation here; available: {', '.join(names)}")
+    elif name not in known:
+        raise RuntimeError(f"{op} has no {name} implementation here; available: {', '.join(available(op))}")
     elif device not in DEVICES.get(name, (device,)):
         raise RuntimeError(f"{op}: {name} takes {' or '.join(DEVICES[name])} tensors, got one on {device}")
-    return _implementations[op][name]
+    return known[name]
 
 
 def _is_here(backend: str) -> bool:
