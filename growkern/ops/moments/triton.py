@@ -107,7 +107,7 @@ def _correlate(
             num_warps=warps,
             num_stages=tiles.stages,
             # Elsewhere all registers would cost programs.
-            **(_all_registers() if signed or min(block_m, block_n) < tiles.block_m else {}),
+            **(_all_registers() if signed or (block_m, block_n) != tiles[:2] else {}),
         )
 
 
