@@ -190,7 +190,7 @@ def combine_kernel(
     tl.store(targets, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("slots_size", "count"))
 def assemble_kernel(
     slots, slots_size, out0, out1, out2, out3, out4, out5, results, regions, starts, terms, weights, count,
     GROUPED: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -248,7 +248,7 @@ def _result(index, out0, out1, out2, out3, out4, out5):
     return chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def pack_kernel(
     copies, count, source_like, target_like,
     FIELDS: tl.constexpr, COUNT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -297,7 +297,7 @@ def subtract_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def subtract_group_kernel(
     table, count, like, out_like,
     FIELDS: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
