@@ -42,7 +42,9 @@ def test_the_method_is_five_short_files():
 
 
 def test_files_import_only_what_stands_above_them():
-    order = "backend ops distributed storage arguments eval_mode spectra whitening between trace sites probe passes moments"
+    order = (
+        "backend ops distributed storage arguments eval_mode spectra whitening between trace sites probe passes moments"
+    )
     order = [*order.split(), "stacks", "chance", "neurons", "surgery", "grower", "look", "widen"]
     assert {p.stem for p in ROOT.glob("*.py")} == {*order, "__init__"} - {"ops"}
     for path in ROOT.glob("*.py"):
