@@ -202,7 +202,7 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
             _mention_missing_kernels()
         fitting = (each for each in BACKENDS if each in known and device in DEVICES.get(each, (device,)))
         name = next(each for each in fitting if _is_here(each))
-    elif name not in known:
+    elif name not in known or not _is_here(name):
         raise RuntimeError(f"{op} has no {name} implementation here; available: {', '.join(available(op))}")
     elif device not in DEVICES.get(name, (device,)):
         raise RuntimeError(f"{op}: {name} takes {' or '.join(DEVICES[name])} tensors, got one on {device}")
