@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,7 +178,10 @@ def measure(launch: Launch, target: str) -> dict[str, Any]:
 def chosen_launches(only: list[str], target: str) -> Iterator[Launch]:
     """What the cases launch whose names hold one of some texts."""
     ops = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
-    for case in cases(*ops, size="bench"):
+    given = cases(*ops, size="bench")
+    few = [case for case in given if case.op == "conv2d_moments" and case.channels[0] in (64, 256)]
+    given += [replace(case, name=f"3, then {case.channels[1]}", channels=(3, *case.channels[1:])) for case in few]
+    for case in given:
         if any(text in str(case) for text in only):
             for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
                 yield from launched(case, dtype, precision, target)

@@ -91,13 +91,13 @@ class Moments:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def correlate(self, us, vs, pitches, channels, aligned, out, products, items, signs, run, block, tf32) -> None:
+    def correlate(self, us, vs, pitches, channels, aligned, out, products, items, signs, block, tf32) -> None:
         sides = (ctypes.c_void_p * 8)(*(each.data_ptr() for each in (*us, *vs)))
         dtypes = (self.DTYPES.index(us[0].dtype), self.DTYPES.index(vs[2].dtype))
         pitch = 0 if signs is None else signs.stride(0)
         library("moments").correlate(
             sides, integers(pitches), integers(channels), aligned, ctypes.c_int64(len(us[0])), *dtypes, pointer(out),
-            pointer(products), pointer(items), len(items), pointer(signs), ctypes.c_int64(pitch), ctypes.c_int64(run),
+            pointer(products), pointer(items), len(items), pointer(signs), ctypes.c_int64(pitch),
             block, int(tf32), self.seed,
         )  # fmt: skip
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "tile.cuh"
+
 namespace growkern {
 
 constexpr int kAssembleThreads = 256;
@@ -12,11 +14,6 @@ constexpr int kCombineElements = 128, kCombineDraws = 32;  // of a block
 // As growkern/ops/moments/schedule.py lays them out.
 struct SplitSum {
   int64_t source, target, size, splits, chunk, site;
-};
-
-// Rows of signs, and how many there are in each.
-struct Samples {
-  int64_t address, pitch, count;
 };
 
 struct Region {
@@ -44,7 +41,7 @@ struct Combination {
   const SplitSum* sums;
   const float* signs;  // (draws − 1, pitch); draw 0 is of ones
   int64_t pitch, samples;
-  const Samples* drawn;  // instead, one for each site, if there are any
+  const Signs* drawn;  // instead, one for each site, if there are any
   int draws;
   int64_t slots;  // from the sums of one draw to those of the next
   bool add;       // to what is there
@@ -60,7 +57,7 @@ __device__ inline void combine_block(const Combination& task, float* shared) {
   const float* signs = task.signs;
   int64_t pitch = task.pitch, samples = task.samples;
   if (task.drawn) {
-    const Samples& of_site = task.drawn[sum.site];
+    const Signs& of_site = task.drawn[sum.site];
     signs = reinterpret_cast<const float*>(of_site.address), pitch = of_site.pitch, samples = of_site.count;
   }
   const int first_draw = blockIdx.y * kCombineDraws, half = threadIdx.x / kCombineElements * mine;

@@ -24,11 +24,6 @@ struct Source {
   int64_t address, pitch, channels, images;
 };
 
-// Rows of signs, and how many images share one.
-struct Signs {
-  int64_t address, pitch, run;
-};
-
 struct Correlation {
   Side u[4], v[4];
   int64_t images;
@@ -41,7 +36,7 @@ struct Correlation {
   const Product* products;
   const Item* items;
   const float* signs;  // (draws − 1, pitch), or none; they multiply v. Draw 0 is of ones.
-  int64_t pitch, run;
+  int64_t pitch;
 
   __device__ __host__ bool is_signed() const { return signs || drawn; }
 };
@@ -87,9 +82,9 @@ struct Correlate {
   __device__ int64_t images() const { return task.sources ? task.sources[product.u].images : task.images; }
 
   __device__ float sign(int64_t image) const {
-    if (!task.drawn) return task.signs[(product.draw - 1) * task.pitch + image / task.run];
+    if (!task.drawn) return task.signs[(product.draw - 1) * task.pitch + image];
     const Signs& of_site = task.drawn[product.u / 4];
-    return reinterpret_cast<const float*>(of_site.address)[(product.draw - 1) * of_site.pitch + image / of_site.run];
+    return reinterpret_cast<const float*>(of_site.address)[(product.draw - 1) * of_site.pitch + image];
   }
 
   // Position k is (image, row, column); one division for all channels of a row.

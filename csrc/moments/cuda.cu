@@ -95,7 +95,7 @@ Correlation correlation(const Tensor& out, const Tensor& products, const Tensor&
 
 // Pitches and channels are those of us, then of vs: x, h, v and the ones.
 void correlate(std::vector<Tensor> us, std::vector<Tensor> vs, Integers pitches, Integers channels, bool aligned,
-               Tensor out, const Tensor& products, const Tensor& items, std::optional<Tensor> signs, int64_t run,
+               Tensor out, const Tensor& products, const Tensor& items, std::optional<Tensor> signs,
                int64_t block, bool tf32) {
   const Launcher launch(out);
   Correlation task = correlation(out, products, items, aligned);
@@ -104,7 +104,6 @@ void correlate(std::vector<Tensor> us, std::vector<Tensor> vs, Integers pitches,
     task.v[i] = side(vs[i], pitches[4 + i], channels[4 + i]);
   }
   task.images = us[0].sizes()[0], task.u_dtype = dtype_of(us[0]), task.v_dtype = dtype_of(vs[2]);
-  task.run = run;
   if (signs) task.signs = const_data<float>(*signs), task.pitch = signs->strides()[0];
   launch_correlate(launch, task, items, block, tf32);
 }
@@ -150,7 +149,7 @@ void combine(Tensor workspace, const Tensor& sums, std::optional<Tensor> signs, 
   Combination task{data<float>(workspace), const_data<SplitSum>(sums)};
   if (signs) task.signs = const_data<float>(*signs), task.pitch = signs->strides()[0];
   if (signs) task.samples = signs->sizes()[1];
-  if (drawn) task.drawn = const_data<Samples>(*drawn);
+  if (drawn) task.drawn = const_data<Signs>(*drawn);
   task.draws = static_cast<int>(draws), task.slots = slots, task.add = add;
   const dim3 grid(static_cast<unsigned>(sums.sizes()[0]), static_cast<unsigned>((draws - 1) / kCombineDraws + 1));
   launch(combine_kernel, grid, kAssembleThreads, kCombineShared, task);
@@ -221,7 +220,7 @@ void subtract_group(const Tensor& sites, int64_t programs, const Tensor& like, i
 STABLE_TORCH_LIBRARY_FRAGMENT(growkern_cuda, m) {
   m.def(
       "correlate(Tensor[] us, Tensor[] vs, int[] pitches, int[] channels, bool aligned, Tensor(a!) out,"
-      " Tensor products, Tensor items, Tensor? signs, int run, int block, bool tf32) -> ()");
+      " Tensor products, Tensor items, Tensor? signs, int block, bool tf32) -> ()");
   m.def(
       "correlate_group(Tensor sources, Tensor? drawn, int unit, Tensor u, Tensor v, Tensor(a!) out, Tensor products,"
       " Tensor items, int block, bool tf32) -> ()");

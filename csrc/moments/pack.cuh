@@ -8,7 +8,7 @@ namespace growkern {
 constexpr int kPackThreads = 256;
 constexpr int kPackPixels = 64, kPackChannels = 16;  // tile of a block
 
-// As growkern/ops/moments/gpu.py lays it out; zeros fill channels up to the pitch.
+// As growkern/ops/moments/layout.py lays it out; zeros fill channels up to the pitch.
 struct Copy {
   int64_t first_program, source, target, pixels, channels, pitch, area, width;
   int64_t image_step, channel_step, row_step, column_step;

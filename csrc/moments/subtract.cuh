@@ -129,9 +129,10 @@ struct Subtract {
     total.each([&](int m, int n, float value) {
       const int64_t position = first_position + m;
       const int target = first_target + n;
-      if (position >= task.positions || target >= task.targets) return;
-      const float v = from_bits(bits_at(task.v.data, position * task.v.pitch + target, task.v_dtype), task.v_dtype);
-      task.out[position * task.out_pitch + target] = v - bias[target] - value;
+      if (position >= task.positions || target >= task.out_pitch) return;
+      const bool live = target < task.targets;  // beyond them rows are filled up with zeros
+      const uint32_t v = live ? bits_at(task.v.data, position * task.v.pitch + target, task.v_dtype) : 0;
+      task.out[position * task.out_pitch + target] = from_bits(v, task.v_dtype) - (live ? bias[target] : 0) - value;
     });
   }
 };

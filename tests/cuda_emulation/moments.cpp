@@ -29,7 +29,7 @@ void run_pack(const Copy* copies, int count, int programs, int seed) {
 extern "C" {
 void correlate(const void** sides, const int64_t* pitches, const int64_t* channels, int aligned, int64_t images,
                int u_dtype, int v_dtype, float* out, const Product* products, const Item* items, int count,
-               const float* signs, int64_t pitch, int64_t run_length, int block, int tf32, int seed) {
+               const float* signs, int64_t pitch, int block, int tf32, int seed) {
   Correlation task{};
   for (int i = 0; i < 4; ++i) {
     task.u[i] = {sides[i], pitches[i], int(channels[i])};
@@ -37,7 +37,7 @@ void correlate(const void** sides, const int64_t* pitches, const int64_t* channe
   }
   task.u_dtype = Dtype(u_dtype), task.v_dtype = Dtype(v_dtype), task.aligned = aligned;
   task.out = out, task.products = products, task.items = items, task.images = images;
-  task.signs = signs, task.pitch = pitch, task.run = run_length;
+  task.signs = signs, task.pitch = pitch;
   run(task, count, block, tf32, seed);
 }
 
@@ -57,7 +57,7 @@ void pack(const Copy* copies, int count, int from, int to, int programs, int see
 }
 
 void combine(float* buffer, const SplitSum* sums, int count, const float* signs, int64_t pitch, int64_t samples,
-             const Samples* drawn, int draws, int64_t slots, int add, int seed) {
+             const Signs* drawn, int draws, int64_t slots, int add, int seed) {
   const Combination task{buffer, sums, signs, pitch, samples, drawn, draws, slots, add != 0};
   emulation::launch({unsigned(count), unsigned((draws - 1) / kCombineDraws + 1)}, {kAssembleThreads}, kCombineShared,
                     seed, [&](char* shared) { combine_block(task, reinterpret_cast<float*>(shared)); });

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 # Sizes that vary from site to site, and need no kernel each.
-SIZES = ("x_pitch", "h_pitch", "v_pitch", "x_channels", "h_channels", "v_channels", "images", "samples", "run")
+SIZES = ("x_pitch", "h_pitch", "v_pitch", "x_channels", "h_channels", "v_channels", "images")
 SUBTRACT_SIZES = (
     *("h_pitch", "v_pitch", "weight_pitch", "out_pitch", "positions", "area", "columns", "channels", "targets"),
     *("map_rows", "map_columns", "kernel_columns", "row_stride", "column_stride", "row_padding", "column_padding"),
@@ -49,7 +49,7 @@ def _source(table, like, ALIGN: tl.constexpr):
 def correlate_kernel(
     ux, uh, uv, u_ones, vx, vh, vv, v_ones,
     x_pitch, h_pitch, v_pitch, x_channels, h_channels, v_channels, images,
-    out, products, signs, samples, run, sources, draws, items,
+    out, products, signs, samples, sources, draws, items,
     ALIGN: tl.constexpr, GROUPED: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, SIGNED: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, CHAIN: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHIFTS: tl.constexpr,
@@ -80,7 +80,6 @@ def correlate_kernel(
         drawn = draws + u // 4 * 3  # four sources for each site
         if SIGNED:
             sign = tl.load(drawn).to(signs.dtype) + (draw - 1) * tl.load(drawn + 1)
-            run = tl.load(drawn + 2).to(index)
     else:
         sign = signs + (draw - 1) * samples
         u_pointer, v_pointer = _pick(u, ux, uh, uv, u_ones), _pick(v, vx, vh, vv, v_ones)
@@ -122,8 +121,7 @@ def correlate_kernel(
             else:
                 b = _rows(v_pointer, v_pixel, v_pitch, n, v_channels, valid).to(OPERAND)
             if SIGNED:
-                # The first draw is of ones, and has none in memory.
-                b *= tl.load(sign + image // run, mask=valid & (draw > 0), other=1.0)[:, None].to(OPERAND)
+                b *= tl.load(sign + image, mask=valid, other=0.0)[:, None].to(OPERAND)
             if PRECISION == "tf32" and OPERAND == tl.float32:
                 # Tensor cores take float32 along positions only. Through registers the tiles are turned in shared
                 # memory; straight into it they would come 4 bytes at a time.
@@ -190,7 +188,7 @@ def combine_kernel(
     tl.store(targets, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("slots_size", "count"))
 def assemble_kernel(
     slots, slots_size, out0, out1, out2, out3, out4, out5, results, regions, starts, terms, weights, count,
     GROUPED: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -248,7 +246,7 @@ def _result(index, out0, out1, out2, out3, out4, out5):
     return chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def pack_kernel(
     copies, count, source_like, target_like,
     FIELDS: tl.constexpr, COUNT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -297,7 +295,7 @@ def subtract_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def subtract_group_kernel(
     table, count, like, out_like,
     FIELDS: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -360,4 +358,5 @@ def _subtract(
     left = tl.load(v_pointer, mask=mask, other=0.0).to(tl.float32)
     bias = weight + taps * channels * (weight_pitch * 4)  # its last row
     left -= tl.load(bias + target, mask=target < targets, other=0.0)[None, :]
-    tl.store(out + position[:, None] * (out_pitch * ALIGN) + target[None, :], left - total, mask=mask)
+    filled = valid[:, None] & (target < out_pitch * ALIGN)[None, :]  # with zeros
+    tl.store(out + position[:, None] * (out_pitch * ALIGN) + target[None, :], left - total, mask=filled)

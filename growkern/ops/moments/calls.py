@@ -86,9 +86,14 @@ class Residual(NamedTuple):
         return 0 if self.signs is None else len(self.signs)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Give x, h, v, the update, and the signs as rows of float32 if there are any."""
+        """Give x, h, v, the update, and rows of float32 signs if there are any: of runs, or of all to multiply in."""
         given = *self.call[:3], self.update
-        return given if self.signs is None else (*given, self.signs.to(torch.float32).contiguous())
+        if self.signs is None:
+            return given
+        signs = self.signs.to(torch.float32)
+        if self.rows_per_sign > 1 and not self.apart():
+            signs = signs.repeat_interleave(self.rows_per_sign, 1)[:, : len(self.call.x)]
+        return *given, signs.contiguous()
 
     def check(self) -> None:
         """Raise what the op would for these arguments."""

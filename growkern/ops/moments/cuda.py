@@ -34,7 +34,6 @@ def correlate(
     plan: Schedule,
     precision: str,
     signs: Tensor | None,
-    run: int,
 ) -> None:
     """Launch one block of threads for every item of the schedule."""
     sides = (*us, *vs)
@@ -49,7 +48,6 @@ def correlate(
             plan.products,
             launch.items,
             signs,
-            run,
             max(launch.block_m, launch.block_n),  # a side of 16 has one tile, whatever its size
             precision == "tf32",
         )

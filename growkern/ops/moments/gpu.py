@@ -36,11 +36,10 @@ class Engine(Protocol):
         plan: Schedule,
         precision: str,
         signs: Tensor | None,
-        run: int,
     ) -> None:
         """Sum the products of a schedule into the workspace; us and vs are x, h, v and the ones.
 
-        Draw 0 is of ones, and the others those of `signs`, of which `run` rows or images share one.
+        Draw 0 is of ones, and the others those of `signs`, one for each row or image.
         """
 
     def reduce(self, workspace: Tensor, plan: Schedule) -> None:
@@ -77,7 +76,7 @@ class Engine(Protocol):
         """Correlate for several sites, u and v telling the dtypes.
 
         Rows of `sources` are addresses, pitches and channels in units of 16 bytes, and images; those of `draws`
-        addresses of signs, their pitches, and how many images share one.
+        addresses of signs, their pitches and their numbers, as for `combine_group`.
         """
 
     def combine_group(self, workspace: Tensor, plan: Schedule, draws: Tensor) -> None:
@@ -158,7 +157,7 @@ def moments(engine: Engine, call: Call) -> Six:
         sides = sources(x_rows, h_rows, v_rows)
         table = _schedule(engine, plan, v_rows, 1, None, precision)
         workspace = x.new_empty(table.elements, dtype=torch.float32)
-        engine.correlate(sides, sides, workspace, table, precision, None, 1)
+        engine.correlate(sides, sides, workspace, table, precision, None)
         engine.reduce(workspace, table)
         results = [x.new_empty(shape, dtype=torch.float32) for shape in plan.shapes]
         engine.assemble(table.slots_of(workspace), table, [result[None] for result in results])
@@ -181,7 +180,7 @@ def residual(engine: Engine, call: Residual) -> Three:
         if signs is None or not call.apart():
             table = _schedule(engine, plan, left, 1 + call.draws, None, precision)
             workspace = x.new_empty(table.elements, dtype=torch.float32)
-            engine.correlate(us, sources(left, left, left), workspace, table, precision, signs, call.rows_per_sign)
+            engine.correlate(us, sources(left, left, left), workspace, table, precision, signs)
             engine.reduce(workspace, table)
         else:
             slots = sum(math.prod(plan.extent(number)) for number in range(len(plan.products)))
@@ -193,9 +192,7 @@ def residual(engine: Engine, call: Residual) -> Three:
                 some = slice(start * call.rows_per_sign, (start + runs) * call.rows_per_sign)
                 sides = [each._replace(data=each.data[some]) for each in us[:3]]
                 part = left._replace(data=left.data[some])
-                engine.correlate(
-                    sources(*sides), sources(part, part, part), workspace, table, precision, None, call.rows_per_sign
-                )
+                engine.correlate(sources(*sides), sources(part, part, part), workspace, table, precision, None)
                 engine.combine(workspace, table, signs[:, start : start + runs], start > 0)
         return _residuals(engine, plan, table, table.slots_of(workspace))
 

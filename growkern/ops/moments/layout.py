@@ -109,9 +109,7 @@ class Layout:
         )
         if draws:
             samples = tensors[4].shape[1]
-            self._signs.add(
-                (self._tensors + TENSORS + 4, 0), samples, samples if self._apart else residual.rows_per_sign
-            )
+            self._signs.add((self._tensors + TENSORS + 4, 0), samples, samples)
         starts = [self._result((1 + draws, *shape)) for shape in plan.shapes]
         nulls = [
             _view(start + math.prod(shape), draws, *shape) for start, shape in zip(starts, plan.shapes, strict=True)

@@ -31,11 +31,12 @@ class Tiles(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The items that one launch sums, of tiles (block_m, block_n), for as many shifts of v at once."""
+    """The items of one launch, of tiles (block_m, block_n), for so many shifts of v at once, with signs or not."""
 
     block_m: int
     block_n: int
     shifts: int
+    signed: bool
     warps: int
     items: Tensor
 
@@ -198,7 +199,7 @@ def schedule(
     tables = _joined(items, 4, np.int32)
     products = tables[:, 0] % max(1, count)
     shifts = np.array([each.shifts for each in bundles], np.int64)
-    kinds = np.column_stack([blocks, shifts])[products]
+    kinds = np.column_stack([np.column_stack([blocks, shifts])[products], tables[:, 0] >= count])
     # Programs that run at the same time should read the same positions; the short ones fill the gaps at the end.
     small = np.minimum(lengths, positions)[products] < lengths.max(initial=1)
     ordered = np.lexsort((tables[:, 3], small, *kinds.T[::-1]))
@@ -209,10 +210,11 @@ def schedule(
     names = "products", "items", "sums", "regions", "starts", "terms", "weights"
     uploaded = dict(zip(names, _uploaded(arrays, device), strict=True))
     launches, start = [], 0
-    for (block_m, block_n, shifted), length in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
-        warps = max(1, tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n))
+    for (block_m, block_n, shifted, signed), length in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
+        # Narrow tiles have more operands for each sum, and so more warps.
+        warps = min(tiles.warps, max(1, 2 * tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n)))
         part = uploaded["items"][start : start + int(length)]
-        launches.append(Launch(int(block_m), int(block_n), int(shifted), warps, part))
+        launches.append(Launch(int(block_m), int(block_n), int(shifted), bool(signed), warps, part))
         start += int(length)
     return Schedule(
         **uploaded,

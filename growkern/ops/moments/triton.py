@@ -40,7 +40,6 @@ def correlate(
     plan: Schedule,
     precision: str,
     signs: Tensor | None,
-    run: int,
 ) -> None:
     """Launch one program for every item of the schedule."""
     sides = (us[0], us[1], vs[2])
@@ -53,13 +52,12 @@ def correlate(
         out,
         plan.products,
         *((out, 0) if signs is None else (signs, signs.stride(0))),
-        run,
         plan.products,
         plan.products,
     )
     dtypes = us[0].data.dtype, vs[2].data.dtype
     matrix, wide = us[0].data.ndim == 2, _wide(*us, *vs)
-    _correlate(arguments, plan, dtypes, precision, align, False, matrix, wide, signs is not None)
+    _correlate(arguments, plan, dtypes, precision, align, False, matrix, wide)
 
 
 def correlate_group(
@@ -67,10 +65,10 @@ def correlate_group(
 ) -> None:
     """Do the same for several sites, from tables."""
     sides, sizes = [u] * 4 + [v] * 4, [0] * 7
-    tables = plan.products, out, 0, 1, sources, plan.products if draws is None else draws
+    tables = plan.products, out, 0, sources, plan.products if draws is None else draws
     dtypes = u.dtype, v.dtype
     align = 16 // min(u.itemsize, v.itemsize)
-    _correlate((*sides, *sizes, out, *tables), plan, dtypes, precision, align, True, False, False, draws is not None)
+    _correlate((*sides, *sizes, out, *tables), plan, dtypes, precision, align, True, False, False)
 
 
 def _correlate(
@@ -82,12 +80,11 @@ def _correlate(
     grouped: bool,
     matrix: bool,
     wide: bool,
-    signed: bool,
 ) -> None:
     from growkern.ops.moments import _triton as kernels
 
     tiles, half = plan.tiles, dtypes[1].itemsize == 2
-    for block_m, block_n, shifts, warps, items in plan.launches:
+    for block_m, block_n, shifts, signed, warps, items in plan.launches:
         kernels.correlate_kernel[(len(items),)](
             *arguments,
             items,
@@ -105,8 +102,9 @@ def _correlate(
             SHIFTS=shifts,
             FIELDS=FIELDS,
             num_warps=warps,
-            num_stages=tiles.stages,
-            **(_all_registers() if signed else {}),  # otherwise they would cost programs
+            num_stages=min(tiles.stages, 2) if signed else tiles.stages,  # signs take registers
+            # Elsewhere all registers would cost programs.
+            **(_all_registers() if signed or (block_m, block_n) != tiles[:2] else {}),
         )
 
 
