@@ -79,6 +79,6 @@ def tops(
 
     start = torch.arange(width, dtype=torch.float64, device=null.device).square().mul(0.7).cos()
     narrow = min(null.shape[2:])
-    steps = min(narrow, 8 + round(2 * narrow ** (1 / 3)))  # the tops of white noise are then known to 1e-4
+    steps = min(narrow, 8 + round(2 * narrow ** (1 / 3)))  # white noise: to a tenth of the tops' spread, from below
     largest = largest_eigenvalue(gram, start[:, None].expand(len(null), width, draws), steps)
     return largest.clamp_min(0).sqrt() / kept.clamp_min(1e-3).sqrt()[..., None]

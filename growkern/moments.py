@@ -194,8 +194,8 @@ def collect(
         sums = run.sweep(probes, lambda some, _: measured_together(some))
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
         again = [name for name, probe in probes.items() if null_draws or probe.kernel == "full"]
-        means = {name: (sums[name]["hh"] / counts[name], sums[name]["hv"] / counts[name]) for name in again}
-        updates = {name: update.mT for name, update in least_squares(means).items()}
+        pairs = {name: (sums[name]["hh"], sums[name]["hv"]) for name in again}  # of sums as of means
+        updates = {name: update.mT for name, update in least_squares(pairs).items()}
 
         remaining = {name: probes[name] for name in updates}
         second = run.sweep(remaining, lambda some, size: residuals_together(some, updates, null_draws, size, signs))

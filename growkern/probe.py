@@ -18,7 +18,7 @@ from growkern.ops.moments import Call, Residual
 from growkern.sites import GrowthSite, resolve
 
 LossFn = Callable[[Any, Any], Tensor]
-_LONGEST_RUN = 64  # of rows that share a random sign, where they do not belong to one image or sequence
+_LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
 
 
@@ -177,8 +177,8 @@ class Probe:
         """Give what to sum up for N and its draws with random signs."""
         signs, run = None, 1
         if draws:
-            abound = self.kernel == "linear"  # an image is worth a sign of its own
-            run = rows_per_sign(self.rows, batch_size, self.count if abound else self.rows)
+            # An image is worth a sign of its own.
+            run = rows_per_sign(self.rows, batch_size, self.count if self.kernel == "linear" else 0)
             signs = torch.randint(0, 2, (draws, -(-self.rows // run)), generator=generator) * 2.0 - 1
             signs = signs.to(update.device, non_blocking=True)
             if self.kernel != "linear":
@@ -266,6 +266,7 @@ def rows_per_sign(rows: int, batch_size: int, count: int) -> int:
         Of one batch: rows (or images) that a layer sees, and images or sequences that the model does.
     count : int
         Rows of all batches; where they abound, sequences share signs, and what the draws cost does not grow with them.
+        0 where none are to share.
 
     Returns
     -------

@@ -61,6 +61,8 @@ def top_singular(
         count = min(most, int((w > above**2).sum()))
         if count > len(w) // 2:
             return None
+        if count >= block and bool((w[: count - block + 1] - w[block - 1 : count] <= 1e-6 * w[0]).any()):
+            return None  # a block finds as many equal values as it has columns, and there may be more
         others_below = count == most or bool(w[count] + residuals[count] <= above**2)
         worst = float(residuals[:count].max() / w[0]) if count else 0.0
         if others_below and worst <= 1e-10:

@@ -133,18 +133,17 @@ def least_squares(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     groups = list(together.values())
     for by_eigenvectors in (False, True):
-        factors = [
-            Factor(padded([pairs[name][0] for name in names]), by_eigenvectors=by_eigenvectors) for names in groups
-        ]
-        if not factors:
-            break
-        sound = torch.cat([each.sound.to(factors[0].sound.device) for each in factors]).tolist()
-        for names, each in zip(groups, factors, strict=True):
-            solved = each.solve(padded([pairs[name][1] for name in names]))
-            for name, one in zip(names, solved, strict=True):
+        solved, flags = [], []
+        for names in groups:
+            factor = Factor(padded([pairs[name][0] for name in names]), by_eigenvectors=by_eigenvectors)
+            solved.append(factor.solve(padded([pairs[name][1] for name in names])))
+            flags.append(factor.sound)
+        sound = torch.cat([each.to(flags[0].device) for each in flags]).tolist() if flags else []
+        for names, all_of_them in zip(groups, solved, strict=True):
+            for name, one in zip(names, all_of_them, strict=True):
                 if sound.pop(0):
                     rows, columns = pairs[name][1].shape
-                    found[name] = one[:rows, :columns]
+                    found[name] = one[:rows, :columns].clone() if len(names) > 1 else one
         groups = [left for names in groups if (left := [name for name in names if name not in found])]
     if groups:
         sites = ", ".join(repr(name) for names in groups for name in names)

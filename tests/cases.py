@@ -229,6 +229,7 @@ CASES: list[Case] = [
     *_runs("a run that ends early", 1000, 64, (33, 65, 10), draws=17),
     *_runs("a run beyond the rows", 5, 8, (5, 4, 3), x_bias=False),
     *_runs("no rows in runs", 0, 3, (5, 4, 3)),
+    *_runs("a long run", 12288, 8192, (5, 17, 3), draws=2),
     *_runs("runs without draws", 9, 3, (5, 4, 3), draws=0),
     *_conv2d("3×3", dtypes=ALL),
     *_conv2d("3×3 no bias", x_bias=False, h_bias=False),

@@ -234,3 +234,4 @@ def test_rows_per_sign() -> None:
     assert rows_per_sign(6400, 64, 10**6) == 100
     assert rows_per_sign(100, 64, 100) == 64
     assert rows_per_sign(0, 4, 0) == 1
+    assert rows_per_sign(4096, 4096, 0) == 1

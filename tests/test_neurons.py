@@ -244,6 +244,16 @@ def test_whitened_targets_are_applied_as_they_are(lead, by_eigenvectors):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("copies", "bulk"), [(20, 0.0), (40, 0.1)])
+def test_equal_singular_values_beyond_a_block_are_all_found(copies, bulk):
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 560, generator=g, dtype=torch.float64))[0] for n in (560, 600))
+    s = bulk * 0.99 ** torch.arange(560, dtype=torch.float64)
+    s[:copies] = 1
+    values, _ = Whitened((u * s @ v.mT)[None]).singular(200, torch.tensor([0.5]))
+    assert (values[0] > 0.5).sum() == copies
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_singular_values_of_ill_conditioned_moments(dtype):
     """x with a condition of 1e3, whose moment has 1e6: what float32 sums lose is their rounding, not more."""

@@ -13,6 +13,8 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 native = torch.ops.growkern_cpu
 
+LONG, SHORT = 4096, 256  # rows of a run that is divided, and of its parts at least
+
 
 @register("linear_moments", "cpp")
 def linear_moments(x: Tensor, h: Tensor, v: Tensor, x_bias: bool, h_bias: bool, precision: str) -> Six:
@@ -57,6 +59,12 @@ def linear_residual(
     draws = _draws(signs, x)
     if rows_per_sign == 1 or not draws.numel():
         return native.linear_residual(x, h, residual, draws, x_bias, h_bias)
+    # A long run is divided where it can be, for work that all threads share.
+    pieces = next(
+        (k for k in range(-(-rows_per_sign // LONG), rows_per_sign // SHORT + 1) if rows_per_sign % k == 0), 1
+    )
+    rows_per_sign, draws = rows_per_sign // pieces, draws.repeat_interleave(pieces, 1)
+    draws = draws[:, : -(-len(x) // rows_per_sign)]
     # A run of rows is an image whose positions they are; what is left of them is one of its own.
     one, runs = ConvGeometry(1).pack(), len(x) // rows_per_sign
     parts = []
