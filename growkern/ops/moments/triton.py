@@ -103,8 +103,7 @@ def _correlate(
             FIELDS=FIELDS,
             num_warps=warps,
             num_stages=min(tiles.stages, 2) if signed else tiles.stages,  # signs take registers
-            # Elsewhere all registers would cost programs.
-            **(_all_registers() if signed or (block_m, block_n) != tiles[:2] else {}),
+            **_registers(signed or (block_m, block_n) != tiles[:2], items.device),
         )
 
 
@@ -268,6 +267,13 @@ def subtract_group(
 def _subtract_options(tile: tuple[int, int], precision: str, device: torch.device) -> dict[str, Any]:
     blocks = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 32}
     return {"PRECISION": _precision(precision, False, device), **blocks, **_all_registers()}
+
+
+def _registers(all_of_them: bool, device: torch.device) -> dict[str, int]:
+    """Allow all registers, or on Blackwell those of three programs of four warps; elsewhere the compiler finds them."""
+    if all_of_them:
+        return _all_registers()
+    return {"maxnreg": 168} if gpu_of(device)[1] == "capability 10" else {}
 
 
 def _all_registers() -> dict[str, int]:
