@@ -16,7 +16,7 @@ from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.passes import Passes
-from growkern.probe import LossFn, Probe, measured_together, random_signs
+from growkern.probe import LossFn, Probe, measured_together
 from growkern.sites import GrowthSite
 from growkern.whitening import factor
 
@@ -200,8 +200,7 @@ def collect(
         }
 
         def residual(probe: Probe, batch_size: int) -> dict[str, Tensor]:
-            drawn = random_signs(null_draws, probe.rows, batch_size, signs).to(run.device) if null_draws else None
-            return probe.residual(updates[probe.site.name], drawn)
+            return probe.residual(updates[probe.site.name], null_draws, batch_size, signs)
 
         remaining = {name: probes[name] for name in updates}
         second = run.sweep(remaining, lambda some, size: [residual(probe, size) for probe in some])

@@ -18,7 +18,8 @@ from growkern.ops.moments import Call
 from growkern.sites import GrowthSite, resolve
 
 LossFn = Callable[[Any, Any], Tensor]
-_GROUP = 64  # consecutive rows that share a random sign where they do not belong to one image or sequence
+_LONGEST_RUN = 64  # of rows that share a random sign, where they do not belong to one image or sequence
+_SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
 
 
 def measured_together(probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
@@ -170,10 +171,19 @@ class Probe:
         between = self.layers.between
         return self._all_once and between.norm is not None and between.pools_before_norm == len(between.pools)
 
-    def residual(self, update: Tensor, signs: Tensor | None) -> dict[str, Tensor]:
+    def residual(self, update: Tensor, draws: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Sum up N and its draws with random signs, with v⊥ = v − update·h."""
-        op: Callable[..., Any] = ops.linear_residual if self.kernel == "linear" else ops.conv2d_residual
-        sums = op(*self.operands, update, signs=signs, **self._flags)
+        signs, run = None, 1
+        if draws:
+            abound = self.kernel == "linear"  # an image is worth a sign of its own
+            run = rows_per_sign(self.rows, batch_size, self.count if abound else self.rows)
+            signs = torch.randint(0, 2, (draws, -(-self.rows // run)), generator=generator) * 2.0 - 1
+            signs = signs.to(update.device)
+        if self.kernel == "linear":
+            sums = ops.linear_residual(*self.operands, update, signs=signs, rows_per_sign=run, **self._flags)
+        else:
+            by_image = None if signs is None else signs.repeat_interleave(run, dim=1)[:, : self.rows]
+            sums = ops.conv2d_residual(*self.operands, update, signs=by_image, **self._flags)
         return dict(zip(("xr", "null", "null_h"), sums, strict=True))
 
     def release(self) -> None:
@@ -257,8 +267,22 @@ def _geometry(layer: nn.Conv2d) -> ConvGeometry:
     return ConvGeometry(layer.kernel_size, layer.stride, (top, left), layer.dilation)
 
 
-def random_signs(draws: int, rows: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Random signs (draws, rows): one per image or sequence, else one per group of consecutive rows."""
-    run = max(rows // batch_size, 1) if rows % batch_size == 0 else _GROUP
-    signs = torch.randint(0, 2, (draws, -(-rows // run)), generator=generator) * 2.0 - 1
-    return signs.repeat_interleave(run, dim=1)[:, :rows]
+def rows_per_sign(rows: int, batch_size: int, count: int) -> int:
+    """Give how many consecutive rows share a random sign: those of one image or sequence, or of several at once.
+
+    Parameters
+    ----------
+    rows, batch_size : int
+        Of one batch: rows (or images) that a layer sees, and images or sequences that the model does.
+    count : int
+        Rows of all batches; where they abound, sequences share signs, and what the draws cost does not grow with them.
+
+    Returns
+    -------
+    int
+        At least 1.
+    """
+    if rows % batch_size:
+        return _LONGEST_RUN
+    own = max(rows // batch_size, 1)
+    return own * max(1, min(_LONGEST_RUN // own, count // own // _SIGNS))

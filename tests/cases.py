@@ -61,13 +61,15 @@ class LinearCase(Case):
     x_bias: bool = True
     h_bias: bool = True
     draws: int = 3
+    rows_per_sign: int = 1
 
     def _draw(self, source: "_Source") -> tuple[list[Any], dict[str, Any]]:
         tensors = [source.normal(self.rows, width) for width in self.widths]
         named: dict[str, Any] = {"x_bias": self.x_bias, "h_bias": self.h_bias}
         if self.op == "linear_residual":
             tensors.append(source.update(self.widths[2], self.widths[1] + self.h_bias))
-            named["signs"] = source.signs(self.draws, self.rows)
+            named["signs"] = source.signs(self.draws, -(-self.rows // self.rows_per_sign))
+            named["rows_per_sign"] = self.rows_per_sign
         return tensors, named
 
 
@@ -175,6 +177,11 @@ def _linear(name: str, rows: int, widths: tuple[int, int, int], **options: Any) 
     return [case, replace(case, op="linear_residual")]
 
 
+def _runs(name: str, rows: int, rows_per_sign: int, widths: tuple[int, int, int], **options: Any) -> list[Case]:
+    options |= {"rows": rows, "rows_per_sign": rows_per_sign, "widths": widths}
+    return [LinearCase(op="linear_residual", name=name, **options)]
+
+
 def _conv2d(name: str, *, kernels: tuple[str, ...] = ("full", "center"), **options: Any) -> list[Case]:
     cases: list[Case] = []
     for kernel in kernels:
@@ -211,6 +218,12 @@ CASES: list[Case] = [
     *_linear("no columns of h", 9, (5, 0, 3), h_bias=False),
     *_linear("no columns of v", 9, (5, 4, 0)),
     *_linear("no draws", 33, (5, 4, 3), draws=0),
+    *_runs("runs", 91, 7, (33, 17, 18), dtypes=ALL),
+    *_runs("strided runs", 100, 8, (5, 4, 3), layout="strided", h_bias=False, draws=9),
+    *_runs("a run that ends early", 1000, 64, (33, 65, 10), draws=17),
+    *_runs("a run beyond the rows", 5, 8, (5, 4, 3), x_bias=False),
+    *_runs("no rows in runs", 0, 3, (5, 4, 3)),
+    *_runs("runs without draws", 9, 3, (5, 4, 3), draws=0),
     *_conv2d("3×3", dtypes=ALL),
     *_conv2d("3×3 no bias", x_bias=False, h_bias=False),
     *_conv2d("3×3 x bias", h_bias=False),

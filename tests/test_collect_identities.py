@@ -11,6 +11,8 @@ from conftest import F64, FAMILIES, close
 from networks import NETS, Batches, Net, at, patches, quartic, rows, zeros_around
 from torch import Tensor, nn
 
+from growkern.probe import rows_per_sign
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
@@ -208,17 +210,27 @@ def test_draws_share_a_sign_per_image_or_sequence(name: str, kernel: str) -> Non
     assert any(torch.allclose(kind.abs(), moments.xr.abs(), atol=1e-10) for kind in kinds)
 
 
-def test_draws_vary_and_have_no_mean() -> None:
-    """Over many draws, their mean square is the sum over rows of the squares of x v⊥ᵀ."""
+@pytest.mark.parametrize(("count", "run"), [(40, 1), (1600, 3)])
+def test_draws_vary_and_have_no_mean(count: int, run: int) -> None:
+    """Over many draws, their mean square is the sum over signs of the squares of what each one is in front of."""
     net = NETS["linear"]()
-    model, batches = net.model(), net.batches(40)
+    model, batches = net.model(), net.batches(count)
     moments = at(model, batches, quartic, null_draws=4000)
     x = rows(batches[0][0], True)
     h = F.relu(net.producer(batches[0][0])).detach()
     z = net.consumer(h)
-    v = -40 * torch.autograd.grad(quartic(torch.tanh(z), None), z)[0]
+    v = -count * torch.autograd.grad(quartic(torch.tanh(z), None), z)[0]
     h = rows(h, True)
     rest = v - h @ torch.linalg.lstsq(h, v).solution
-    each = torch.einsum("np,nr->npr", x, rest) / 40
+    each = torch.stack([part.sum(0) for part in (torch.einsum("np,nr->npr", x, rest) / count).split(run)])
     close(moments.null.square().mean(0), each.square().sum(0), 0.12)
     assert moments.null.mean(0).abs().max() < 5 * each.square().sum(0).sqrt().max() / 4000**0.5
+
+
+def test_rows_per_sign() -> None:
+    """One image, or a whole number of sequences, as long as 512 signs are left; 64 rows of unknown structure."""
+    assert [rows_per_sign(256, 256, count) for count in (256, 1023, 1024, 5120, 10**6)] == [1, 1, 2, 10, 64]
+    assert [rows_per_sign(320, 64, count) for count in (320, 5119, 5120, 10**6)] == [5, 5, 10, 60]
+    assert rows_per_sign(6400, 64, 10**6) == 100
+    assert rows_per_sign(100, 64, 100) == 64
+    assert rows_per_sign(0, 4, 0) == 1

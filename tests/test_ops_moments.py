@@ -43,7 +43,7 @@ def with_ones(features: Tensor, bias: bool, dim: int) -> Tensor:
 # The definition, one sample at a time.
 
 
-def linear_by_rows(x, h, v, update=None, *, signs=None, x_bias, h_bias):
+def linear_by_rows(x, h, v, update=None, *, signs=None, rows_per_sign=1, x_bias, h_bias):
     p, q, r = x.shape[1] + x_bias, h.shape[1] + h_bias, v.shape[1]
     one = torch.ones(1, dtype=torch.float64)
     shapes = ((p, p), (p, q), (p, r), (q, q), (q, r), (r, r))
@@ -60,8 +60,9 @@ def linear_by_rows(x, h, v, update=None, *, signs=None, x_bias, h_bias):
             left_over = v[i] - update @ b
             xr += torch.outer(a, left_over)
             for s in range(draws):
-                xr_null[s] += signs[s, i] * torch.outer(a, left_over)
-                hr_null[s] += signs[s, i] * torch.outer(b, left_over)
+                sign = signs[s, i // rows_per_sign]
+                xr_null[s] += sign * torch.outer(a, left_over)
+                hr_null[s] += sign * torch.outer(b, left_over)
     return sums if update is None else (xr, xr_null, hr_null)
 
 

@@ -86,6 +86,18 @@ def test_residual_refusals(change, error_type, message):
         ops.linear_residual(**linear, h_bias=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows_per_sign": 0}, "rows_per_sign: expected an integer of at least 1, got 0"),
+        ({"rows_per_sign": 3}, r"signs: expected a \(draws, 2\) tensor, got \(3, 4\)"),
+    ],
+)
+def test_refusals_of_runs(change, message):
+    with pytest.raises(ValueError, match=message):
+        ops.linear_residual(X, V, V, torch.zeros(1, 1), **{"signs": torch.ones(3, 4), **change})
+
+
 def test_geometry_keeps_pairs():
     geometry = ConvGeometry(3, (1, 2), padding=[0, 1])
     assert geometry == ConvGeometry((3, 3), (1, 2), (0, 1), 1)

@@ -21,8 +21,10 @@ constexpr double kPartWork = 2 << 20, kLargePartWork = 64 << 20;
 constexpr int64_t kFewParts = 8, kMostParts = 64;
 // Positions summed in a register at once, unless a row has more: rounding grows with the chain of additions.
 constexpr int64_t kChain = 256;
-// Sums per item: enough that panels are read from memory seldom.
-constexpr double kItemSums = 64;
+// Sums per item: enough that panels are read from memory seldom; and fewer where each is held for every draw as well.
+constexpr double kItemSums = 64, kDrawItemSums = 16;
+// Images whose sums wait to be added up under all draws at once.
+constexpr int64_t kSignedImages = 8;
 // Items of the whole batch, about, whatever the number of threads, so that results do not depend on it.
 constexpr double kItems = 24;
 
@@ -74,10 +76,27 @@ void multiply_group(const Item<T>& item, const Group& group, const std::vector<P
         const int64_t skipped = (v0 - item.v0) * static_cast<int64_t>(group.shifts.size());
         kernels<T>().multiply(walk, left + block * u_panels.block_elements, u.channels_of(block),
                               right.data() + skipped, shift, static_cast<int64_t>(right.size()) - skipped,
-                              sums + item.offset(block, v0, group, 0));
+                              {sums + item.offset(block, v0, group, 0)});
       }
     }
   }
+}
+
+// Adds the sums of `count` images, one after the other, under every draw. The first is number `first` of the batch.
+template <class T>
+void add_signed(const Item<T>& item, const std::vector<T>& sums, int64_t first, int64_t count, T* totals) {
+  const Source<T>& v = *item.moment->v;
+  const int64_t rows = v.sign_rows(), elements = item.draw_elements();
+  std::vector<T> signs(kSignedImages * rows, T{0});
+  for (int64_t image = 0; image < count; ++image) {
+    signs[image * rows] = 1;
+    for (int64_t draw = 0; draw < v.draws; ++draw)
+      signs[image * rows + 1 + draw] = v.signs[draw * v.map.images + first + image];
+  }
+  std::vector<const T*> parts(elements / kLanes<T>);
+  for (size_t i = 0; i < parts.size(); ++i) parts[i] = sums.data() + i * kLanes<T>;
+  kernels<T>().multiply({{1, 1, count}, {0, 0, rows}, {0, 0, elements}}, signs.data(), rows, parts.data(), 0,
+                        static_cast<int64_t>(parts.size()), {totals, kLanes<T>, elements});
 }
 
 // Adds the sums of `count` packed images, of which the first is number `number` of the batch.
@@ -87,22 +106,20 @@ void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, in
   const int64_t begin = count * item.part / item.parts, end = count * (item.part + 1) / item.parts;
   const int64_t positions = moment.u->pitch[0] * moment.u->pitch[1], draws = moment.summed_draws();
   const int64_t step = draws > 0 ? 1 : std::max<int64_t>(1, kGroupRows / positions);
+  const int64_t elements = draws > 0 ? item.draw_elements() : 0;
   std::vector<const T*> right;
-  std::vector<T> image_sums(draws > 0 ? item.draw_elements() : 0);
+  std::vector<T> waiting(kSignedImages * elements);
   for (int64_t image = begin; image < end; image += step) {
     T* target = sums + item.start;
+    const int64_t place = (image - begin) % kSignedImages;
     if (draws > 0) {
-      std::fill(image_sums.begin(), image_sums.end(), T{0});
-      target = image_sums.data();
+      target = waiting.data() + place * elements;
+      std::fill(target, target + elements, T{0});
     }
     for (const Group& group : moment.groups)
       multiply_group(item, group, panels, image, std::min(step, end - image), target, right);
-    if (draws == 0) continue;
-    for (int64_t draw = 0; draw <= draws; ++draw) {
-      const T sign = draw == 0 ? T{1} : moment.v->signs[(draw - 1) * moment.v->map.images + number + image];
-      T* total = sums + item.start + draw * item.draw_elements();
-      for (size_t i = 0; i < image_sums.size(); ++i) total[i] += sign * image_sums[i];
-    }
+    if (draws > 0 && (place + 1 == kSignedImages || image + 1 == end))
+      add_signed(item, waiting, number + image - place, place + 1, sums + item.start);
   }
 }
 
@@ -121,7 +138,8 @@ std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
     const auto main_shifts = static_cast<double>(std::max_element(
         moment.groups.begin(), moment.groups.end(),
         [](const Group& a, const Group& b) { return a.shifts.size() < b.shifts.size(); })->shifts.size());
-    const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(kItemSums / main_shifts)));
+    const double wanted = moment.summed_draws() > 0 ? kDrawItemSums : kItemSums;
+    const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / main_shifts)));
     for (int64_t u0 = 0; u0 < u.blocks; u0 += side) {
       for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += side) {
         Item<T> item{&moment, u0, std::min(u0 + side, u.blocks), v0, std::min(v0 + side, v.blocks), 0, 1, 0, 0};
@@ -212,7 +230,8 @@ void assemble(const Moment<T>& moment, const T* sums, int64_t summed_draw, int64
 template <class T>
 void write_sums(const Source<T>& source, const Panels<T>& panels, const Window& window, const Weights& weights,
                 int64_t draw, T* out, int64_t step) {
-  const int64_t taps = window.count(), elements = source.size[0] * source.size[1] * source.width;
+  const Pair apart = source.summed_size();
+  const int64_t taps = window.count(), elements = apart[0] * apart[1] * source.width;
   const double* sums = panels.sums.data() + draw * source.channel_blocks * elements;
   for (int64_t tap = 0; tap < taps; ++tap) {
     std::vector<std::vector<std::pair<int64_t, double>>> read(2);  // positions and their weights
@@ -225,6 +244,10 @@ void write_sums(const Source<T>& source, const Panels<T>& panels, const Window& 
     }
     for (int64_t channel = 0; channel < source.channels; ++channel) {
       const double* sum = sums + channel / source.width * elements + channel % source.width;
+      if (source.lumped) {
+        out[channel * step] = static_cast<T>(*sum);
+        continue;
+      }
       double value = 0;
       for (const auto& [y, wy] : read[0])
         for (const auto& [x, wx] : read[1]) value += wy * wx * sum[(y * source.size[1] + x) * source.width];
@@ -262,6 +285,17 @@ void write_bias(const Moment<T>& moment, const std::vector<Panels<T>>& panels, i
 void each(bool alone, int64_t n, const std::function<void(int64_t)>& body) {
   if (!alone) return parallel(n, body);
   for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+// Notes that a moment reads the sums of a source: of all positions together, where it reads each of them alike.
+template <class T>
+void want_sums(Source<T>& source, const Window& window, const Weights& weights) {
+  source.summed = true;
+  const bool carried = !source.weights[0].empty();  // by patches
+  for (int axis : {0, 1})
+    for (double weight : weights[axis]) source.lumped &= carried || weight == 1;
+  source.lumped &= window == Window{};
+  for (int axis : {0, 1}) source.lumped &= static_cast<int64_t>(weights[axis].size()) == source.size[axis];
 }
 
 template <class T>
@@ -322,8 +356,8 @@ void Batch<T>::run() {
   }
   for (Moment<T>& moment : moments) {
     moment.plan();
-    moment.v->summed |= moment.u_bias;
-    moment.u->summed |= moment.v_bias;
+    if (moment.u_bias) want_sums(*moment.v, moment.v_window, moment.weights);
+    if (moment.v_bias) want_sums(*moment.u, moment.u_window, moment.weights);
     for (const Group& group : moment.groups)
       for (int64_t shift : group.shifts) reach = std::max(reach, std::abs(shift));
   }

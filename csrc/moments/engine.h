@@ -15,12 +15,13 @@ struct Item {
   int64_t u0, u1, v0, v1;
   int64_t part, parts;
   double cost;      // panel products of one image
-  int64_t start;    // of its sums: [draw, 0 for none][block of u][group][block of v][shift][kLanes][kLanes]
+  // Of its sums: [draw, 0 for none, to a multiple of four][block of u][group][block of v][shift][kLanes][kLanes].
+  int64_t start;
 
   int64_t draw_elements() const {
     return (u1 - u0) * (v1 - v0) * moment->sums * kLanes<T> * kLanes<T>;
   }
-  int64_t elements() const { return draw_elements() * (1 + moment->summed_draws()); }
+  int64_t elements() const { return draw_elements() * (moment->summed_draws() > 0 ? moment->v->sign_rows() : 1); }
   // Of one sum, from that of the first block of u.
   int64_t offset(int64_t u, int64_t v, const Group& group, int64_t vector) const {
     const int64_t shifts = static_cast<int64_t>(group.shifts.size());

@@ -29,12 +29,19 @@ struct Row {
   int64_t channels, length;
 };
 
+// Sums of outer products: row i of vector k at first + k·vector + i·row, kLanes of them. Rows are written in fours.
+template <class T>
+struct Sums {
+  T* first;
+  int64_t vector = kLanes<T> * kLanes<T>, row = kLanes<T>;
+};
+
 template <class T>
 struct Kernels {
   // For each of `vectors` panel rows b[k] + shift: acc[k][i][:] += Σ over the walk of a[i]·b[k][:], for i < rows.
-  // acc[k] is kLanes×kLanes. Every call starts its own sums and adds them to acc, so that no chain of roundings
-  // is longer than the walk.
-  void (*multiply)(const Walk&, const T* a, int64_t rows, const T* const* b, int64_t shift, int64_t vectors, T* acc);
+  // Every call starts its own sums and adds them to acc, so that no chain of roundings is longer than the walk.
+  void (*multiply)(const Walk&, const T* a, int64_t rows, const T* const* b, int64_t shift, int64_t vectors,
+                   const Sums<T>& acc);
   // out[x·stride + c] = row[c, x]
   void (*pack)(const Row&, T* out, int64_t stride);
 };

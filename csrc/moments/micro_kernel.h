@@ -12,7 +12,8 @@ struct VectorOf {
 
 // MR channels of a by NR vectors of b, all sums in registers.
 template <class T, int Bytes, int MR, int NR>
-inline __attribute__((always_inline)) void tile(const Walk& walk, const T* a, const T* const* b, T* const* acc) {
+inline __attribute__((always_inline)) void tile(const Walk& walk, const T* a, const T* const* b, T* const* acc,
+                                                int64_t row) {
   using Vector = typename VectorOf<T, Bytes>::type;
   Vector sum[MR][NR];
 #pragma GCC unroll 16
@@ -46,28 +47,29 @@ inline __attribute__((always_inline)) void tile(const Walk& walk, const T* a, co
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < NR; ++j) *reinterpret_cast<Vector*>(acc[j] + i * kLanes<T>) += sum[i][j];
+    for (int j = 0; j < NR; ++j) *reinterpret_cast<Vector*>(acc[j] + i * row) += sum[i][j];
 }
 
 template <class T, int Bytes, int MR, int NR>
-void tiles(const Walk& walk, const T* a, int64_t rows, const T* const* b, T* const* acc) {
+void tiles(const Walk& walk, const T* a, int64_t rows, const T* const* b, T* const* acc, int64_t row) {
   int64_t i = 0;
   for (; i + MR <= rows; i += MR) {
     T* part[NR];
-    for (int j = 0; j < NR; ++j) part[j] = acc[j] + i * kLanes<T>;
-    tile<T, Bytes, MR, NR>(walk, a + i, b, part);
+    for (int j = 0; j < NR; ++j) part[j] = acc[j] + i * row;
+    tile<T, Bytes, MR, NR>(walk, a + i, b, part, row);
   }
   // A narrower tile for the rest; its rows beyond the last channel are padding.
   constexpr int Half = MR > 4 ? MR / 2 : MR;
   for (; i < rows; i += Half) {
     T* part[NR];
-    for (int j = 0; j < NR; ++j) part[j] = acc[j] + i * kLanes<T>;
-    tile<T, Bytes, Half, NR>(walk, a + i, b, part);
+    for (int j = 0; j < NR; ++j) part[j] = acc[j] + i * row;
+    tile<T, Bytes, Half, NR>(walk, a + i, b, part, row);
   }
 }
 
 template <class T, int Bytes, int MR>
-void multiply(const Walk& walk, const T* a, int64_t rows, const T* const* b, int64_t shift, int64_t vectors, T* acc) {
+void multiply(const Walk& walk, const T* a, int64_t rows, const T* const* b, int64_t shift, int64_t vectors,
+              const Sums<T>& acc) {
   constexpr int64_t lanes = Bytes / sizeof(T), parts = kLanes<T> / lanes;
   for (int64_t first = 0; first < vectors * parts; first += 3) {
     const int64_t count = vectors * parts - first < 3 ? vectors * parts - first : 3;
@@ -76,11 +78,11 @@ void multiply(const Walk& walk, const T* a, int64_t rows, const T* const* b, int
     for (int64_t j = 0; j < count; ++j) {
       const int64_t vector = (first + j) / parts, lane = (first + j) % parts * lanes;
       right[j] = b[vector] + shift + lane;
-      sums[j] = acc + vector * kLanes<T> * kLanes<T> + lane;
+      sums[j] = acc.first + vector * acc.vector + lane;
     }
-    if (count == 3) tiles<T, Bytes, MR, 3>(walk, a, rows, right, sums);
-    if (count == 2) tiles<T, Bytes, MR, 2>(walk, a, rows, right, sums);
-    if (count == 1) tiles<T, Bytes, MR, 1>(walk, a, rows, right, sums);
+    if (count == 3) tiles<T, Bytes, MR, 3>(walk, a, rows, right, sums, acc.row);
+    if (count == 2) tiles<T, Bytes, MR, 2>(walk, a, rows, right, sums, acc.row);
+    if (count == 1) tiles<T, Bytes, MR, 1>(walk, a, rows, right, sums, acc.row);
   }
 }
 

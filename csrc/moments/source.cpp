@@ -35,7 +35,8 @@ bool Source<T>::in_place() const {
 template <class T>
 Panels<T> Source<T>::reserve(int64_t images, int64_t reach) const {
   Panels<T> panels;
-  if (summed) panels.sums.assign((1 + draws) * channel_blocks * size[0] * size[1] * width, 0.0);
+  const Pair apart = summed_size();
+  if (summed) panels.sums.assign((1 + draws) * channel_blocks * apart[0] * apart[1] * width, 0.0);
   if (in_place()) {
     panels.block_elements = width;
     return panels;
@@ -136,6 +137,7 @@ void Source<T>::pack(Panels<T>& panels, int64_t first, int64_t count, int64_t ta
 
 template <class T>
 void Source<T>::add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const {
+  if (lumped) return add_lumped(panels, first, count, task);
   const int64_t rows = channel_blocks * size[0], elements = size[1] * width;
   const int64_t draw = task / rows, block = task % rows / size[0], row = task % size[0];
   double* sum = panels.sums.data() + task * elements;
@@ -143,6 +145,24 @@ void Source<T>::add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_
   for (int64_t image = 0; image < count; ++image, in += image_elements()) {
     const T sign = draw == 0 ? T{1} : signs[(draw - 1) * map.images + first + image];
     for (int64_t i = 0; i < elements; ++i) sum[i] += sign * in[i];
+  }
+}
+
+// The positions of an image are added up before its signs apply.
+template <class T>
+void Source<T>::add_lumped(Panels<T>& panels, int64_t first, int64_t count, int64_t block) const {
+  double total[kLanes<T>];
+  for (int64_t image = 0; image < count; ++image) {
+    std::fill(total, total + width, 0.0);
+    const T* in = panels.first + block * panels.block_elements + image * image_elements();
+    for (int64_t y = 0; y < size[0]; ++y)
+      for (int64_t x = 0; x < size[1]; ++x)
+        for (int64_t lane = 0; lane < width; ++lane) total[lane] += in[(y * pitch[1] + x) * width + lane];
+    for (int64_t draw = 0; draw <= draws; ++draw) {
+      const T sign = draw == 0 ? T{1} : signs[(draw - 1) * map.images + first + image];
+      double* sum = panels.sums.data() + (draw * channel_blocks + block) * width;
+      for (int64_t lane = 0; lane < width; ++lane) sum[lane] += sign * total[lane];
+    }
   }
 }
 

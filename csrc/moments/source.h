@@ -72,6 +72,7 @@ struct Source {
   Pair pitch{};              // positions from row to row and from image to image, zeros included
   int64_t channels = 0;
   bool summed = false;       // whether `sums` are wanted
+  bool lumped = true;        // whether they are wanted over all positions together only
   const T* signs = nullptr;  // (draws, images)
   int64_t draws = 0;
   bool copied = false;       // whether the panels are repeated under each draw, or only `sums` are
@@ -81,6 +82,8 @@ struct Source {
   int64_t channel_blocks = 0;  // without the repetitions under draws
   int64_t blocks = 0;
 
+  // Signs of an image, with the 1 before them, and zeros to a multiple of four, as the micro-kernel wants them.
+  int64_t sign_rows() const { return (draws + 4) / 4 * 4; }
   int64_t image_elements() const { return in_place() ? map.stride[0] : pitch[0] * pitch[1] * width; }
   int64_t channels_of(int64_t block) const { return std::min(width, channels - block % channel_blocks * width); }
   void lay_out();
@@ -89,8 +92,11 @@ struct Source {
   // Packing, and adding up `sums`, are made of independent tasks.
   int64_t pack_tasks(int64_t count) const;
   void pack(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const;
-  int64_t sum_tasks() const { return summed ? channel_blocks * size[0] * (1 + draws) : 0; }
+  // What `sums` tell apart.
+  Pair summed_size() const { return lumped ? Pair{1, 1} : size; }
+  int64_t sum_tasks() const { return !summed ? 0 : lumped ? channel_blocks : channel_blocks * size[0] * (1 + draws); }
   void add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const;
+  void add_lumped(Panels<T>& panels, int64_t first, int64_t count, int64_t block) const;
   bool is_matrix() const { return !patches && size == Pair{1, 1} && pitch == Pair{1, 1}; }
   // Whether the rows of a narrow matrix are panel rows as they are; wide ones are slower than their copies.
   bool in_place() const;

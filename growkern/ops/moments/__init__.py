@@ -94,6 +94,7 @@ def linear_residual(
     update: Tensor,
     *,
     signs: Tensor | None = None,
+    rows_per_sign: int = 1,
     x_bias: bool = False,
     h_bias: bool = False,
     precision: str = "ieee",
@@ -108,8 +109,10 @@ def linear_residual(
         As in `linear_moments`.
     update : Tensor, shape (r, q)
         Change of the consumer's weights, its bias last with `h_bias`; float32 or float64.
-    signs : Tensor, shape (R, n), optional
-        Draws of ±1, one per row, in any floating-point dtype. None means R = 0.
+    signs : Tensor, shape (R, ⌈n / rows_per_sign⌉), optional
+        Draws of ±1, one per run of rows, in any floating-point dtype. None means R = 0.
+    rows_per_sign : int
+        Consecutive rows that share a sign; the last run may be shorter.
 
     Returns
     -------
@@ -125,10 +128,10 @@ def linear_residual(
     TypeError
         If dtypes differ or are not accepted.
     ValueError
-        If shapes or devices do not fit together, or `precision` is unknown.
+        If shapes or devices do not fit together, `precision` is unknown, or `rows_per_sign` is less than 1.
     """
     return torch.ops.growkern.linear_residual(
-        x.detach(), h.detach(), v.detach(), update.detach(), signs, x_bias, h_bias, precision
+        x.detach(), h.detach(), v.detach(), update.detach(), signs, rows_per_sign, x_bias, h_bias, precision
     )
 
 
@@ -318,8 +321,8 @@ define(
 )
 define(
     "linear_residual",
-    "(Tensor x, Tensor h, Tensor v, Tensor update, Tensor? signs, bool x_bias, bool h_bias, str precision)"
-    " -> (Tensor xr, Tensor xr_null, Tensor hr_null)",
+    "(Tensor x, Tensor h, Tensor v, Tensor update, Tensor? signs, int rows_per_sign, bool x_bias, bool h_bias,"
+    " str precision) -> (Tensor xr, Tensor xr_null, Tensor hr_null)",
     linear_residual_shapes,
 )
 define(

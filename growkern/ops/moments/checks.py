@@ -26,13 +26,16 @@ def linear_residual_shapes(
     v: Tensor,
     update: Tensor,
     signs: Tensor | None,
+    rows_per_sign: int,
     x_bias: bool,
     h_bias: bool,
     precision: str,
 ) -> Shapes:
     """Check the arguments of `linear_residual` and give the shapes of its results."""
     _, _, xv, _, hv, _ = linear_moments_shapes(x, h, v, x_bias, h_bias, precision)
-    draws = _check_residual(x, update, signs, *hv)
+    if rows_per_sign < 1:
+        raise ValueError(f"rows_per_sign: expected an integer of at least 1, got {rows_per_sign}")
+    draws = _check_residual(-(-x.shape[0] // rows_per_sign), x, update, signs, *hv)
     return [xv, (draws, *xv), (draws, *hv)]
 
 
@@ -74,7 +77,7 @@ def conv2d_residual_shapes(
 ) -> Shapes:
     """Check the arguments of `conv2d_residual` and give the shapes of its results."""
     _, xh, xv, _, (q, r), _ = conv2d_moments_shapes(x, h, v, producer, consumer, kernel, x_bias, h_bias, precision)
-    draws = _check_residual(x, update, signs, q, r)
+    draws = _check_residual(x.shape[0], x, update, signs, q, r)
     return [xv, (draws, *xv), (draws, xh[1], r)]
 
 
@@ -107,7 +110,7 @@ def _check_map(name: str, given: Tensor, conv: str, geometry: ConvGeometry, sour
             )
 
 
-def _check_residual(x: Tensor, update: Tensor, signs: Tensor | None, q: int, r: int) -> int:
+def _check_residual(count: int, x: Tensor, update: Tensor, signs: Tensor | None, q: int, r: int) -> int:
     if update.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"update: expected float32 or float64, got {update.dtype}")
     _check_device("update", update, x)
@@ -118,8 +121,8 @@ def _check_residual(x: Tensor, update: Tensor, signs: Tensor | None, q: int, r: 
     if not signs.is_floating_point():
         raise TypeError(f"signs: expected a floating-point dtype, got {signs.dtype}")
     _check_device("signs", signs, x)
-    if signs.ndim != 2 or signs.shape[1] != x.shape[0]:
-        raise ValueError(f"signs: expected a (draws, {x.shape[0]}) tensor, got {_shape(signs)}")
+    if signs.ndim != 2 or signs.shape[1] != count:
+        raise ValueError(f"signs: expected a (draws, {count}) tensor, got {_shape(signs)}")
     return signs.shape[0]
 
 

@@ -43,17 +43,31 @@ def linear_residual(
     v: Tensor,
     update: Tensor,
     signs: Tensor | None,
+    rows_per_sign: int,
     x_bias: bool,
     h_bias: bool,
     precision: str,
 ) -> Three:
-    """Form v⊥ by one matrix product, then sum all draws in one read of x and v⊥."""
+    """Form v⊥ by one matrix product, then sum every run of rows once and add it up under all draws."""
     dtype = result_dtype(x.dtype)
     update = update.to(dtype)
     weight, bias = (update[:, :-1], update[:, -1]) if h_bias else (update, update.new_zeros(len(update)))
     with matmul_precision(x.device, precision):
         residual = torch.addmm(v.to(dtype) - bias, h.to(dtype), weight.T, alpha=-1)
-    return native.linear_residual(x, h, residual.to(dtype), _draws(signs, x), x_bias, h_bias)
+    draws = _draws(signs, x)
+    if rows_per_sign == 1 or not draws.numel():
+        return native.linear_residual(x, h, residual, draws, x_bias, h_bias)
+    # A run of rows is an image whose positions they are; what is left of them is one of its own.
+    one, runs = ConvGeometry(1).pack(), len(x) // rows_per_sign
+    parts = []
+    for first, last, count in ((0, runs, rows_per_sign), (runs, draws.shape[1], len(x) - runs * rows_per_sign)):
+        if first == last:
+            continue
+        rows = slice(first * rows_per_sign, first * rows_per_sign + (last - first) * count)
+        maps = [each[rows].unflatten(0, (-1, count)).mT[:, :, None] for each in (x, h, residual)]
+        some = draws[:, first:last].contiguous()
+        parts.append(native.conv2d_residual(*maps, some, one, one, False, x_bias, h_bias))
+    return parts[0] if len(parts) == 1 else tuple(a.add_(b) for a, b in zip(*parts, strict=True))
 
 
 @register("conv2d_residual", "cpp")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from growkern.backend import register
 from growkern.ops.moments import reference
@@ -153,19 +154,21 @@ def linear_residual(
     v: Tensor,
     update: Tensor,
     signs: Tensor | None,
+    rows_per_sign: int,
     x_bias: bool,
     h_bias: bool,
     precision: str,
 ) -> Three:
     """Sum x v⊥ᵀ, and x v⊥ᵀ and h v⊥ᵀ under every draw, whose signs are multiplied in as v⊥ is read."""
     if _plain(x):
-        return reference.linear_residual(x, h, v, update, signs, x_bias, h_bias, precision)
+        return reference.linear_residual(x, h, v, update, signs, rows_per_sign, x_bias, h_bias, precision)
     one = ConvGeometry(1)
     channels = (x.shape[1], h.shape[1], v.shape[1])
     plan = residual_plan(channels, ((1, 1),) * 3, one, one, False, x_bias, h_bias)
     with torch.cuda.device_of(x):
         us, left = _read(engine, x, h, v, update, one, h_bias, precision)
-        return _signed(engine, plan, us, left, _draws(signs, x), precision)
+        draws = _draws(signs, x).repeat_interleave(rows_per_sign, 1)[:, : len(x)].contiguous()
+        return _signed(engine, plan, us, left, draws, precision)
 
 
 def conv2d_residual(
@@ -356,5 +359,6 @@ def _read(
 
 def _draws(signs: Tensor | None, x: Tensor) -> Tensor:
     """Signs, one row for each draw, after a row of ones."""
-    ones = x.new_ones(1, len(x), dtype=torch.float32)
-    return ones if signs is None else torch.cat([ones, signs.to(torch.float32)])
+    if signs is None:
+        return x.new_ones(1, len(x), dtype=torch.float32)
+    return F.pad(signs.to(torch.float32), (0, 0, 1, 0), value=1.0)

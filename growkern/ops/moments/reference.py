@@ -46,14 +46,15 @@ def linear_residual(
     v: Tensor,
     update: Tensor,
     signs: Tensor | None,
+    rows_per_sign: int,
     x_bias: bool,
     h_bias: bool,
     precision: str,
 ) -> Three:
-    """Sum x v⊥ᵀ over the rows, and x v⊥ᵀ and h v⊥ᵀ under every draw of one sign per row."""
+    """Sum x v⊥ᵀ over the rows, and x v⊥ᵀ and h v⊥ᵀ under every draw of one sign per run of rows."""
     dtype = result_dtype(x.dtype)
     p, q, r = x.shape[1] + x_bias, h.shape[1] + h_bias, v.shape[1]
-    update, draws = update.to(dtype), _draws(signs, x)
+    update, draws = update.to(dtype), _draws(signs, x).repeat_interleave(rows_per_sign, 1)[:, : len(x)]
     count = len(draws)
     xr, xr_null, hr_null = _zeros(x, (p, r), (p, count * r), (q, count * r))
     with matmul_precision(x.device, precision):
