@@ -27,6 +27,14 @@ struct Group {
   int64_t row, column;          // −1 stands for all
   std::vector<int64_t> shifts;  // in positions of the packed map; narrow panels reach the next ones too
   int64_t first;                // the number of sums in the groups before this one
+  int64_t u_plane = -1, v_plane = -1;  // sources instead of the moment's own
+};
+
+// Adds coefficient · the sum of group `from` to sum `vector` of the mixed group.
+template <class T>
+struct Mix {
+  int64_t vector, from;
+  T coefficient;
 };
 
 template <class T>
@@ -41,6 +49,8 @@ struct Moment {
   T* null = nullptr;  // the same under each of v's draws of signs, one after the other
 
   std::vector<Group> groups;
+  int64_t mixed = -1;  // the group that is not summed but mixed from others, if any
+  std::vector<Mix<T>> mixes;
   int64_t sums = 0;
   std::vector<std::vector<Term<T>>> terms;  // of each pair of taps; of a symmetric one only a ≤ b
 

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "../parallel.h"
+#include "planes.h"
 
 namespace growkern {
 namespace {
@@ -23,10 +24,15 @@ constexpr int64_t kFewParts = 8, kMostParts = 64;
 constexpr int64_t kChain = 256;
 // Sums per item: enough that panels are read from memory seldom; and fewer where each is held for every draw as well.
 constexpr double kItemSums = 64, kDrawItemSums = 16;
+// Blocks along a side of an item whose products are those of planes.
+constexpr int64_t kPlaneSide = 4;
 // Images whose sums wait to be added up under all draws at once.
 constexpr int64_t kSignedImages = 8;
 // Items of the whole batch, about, whatever the number of threads, so that results do not depend on it.
 constexpr double kItems = 24;
+
+template <class T>
+using Sources = std::vector<std::unique_ptr<Source<T>>>;
 
 // The longest loop innermost, and loops over adjacent memory made one.
 Walk compact(Walk walk) {
@@ -49,9 +55,11 @@ Walk compact(Walk walk) {
 
 // Adds the sums of one group over `count` images to those of an item.
 template <class T>
-void multiply_group(const Item<T>& item, const Group& group, const std::vector<Panels<T>>& panels, int64_t first,
-                    int64_t count, T* sums, std::vector<const T*>& right) {
-  const Source<T>&u = *item.moment->u, &v = *item.moment->v;
+void multiply_group(const Item<T>& item, const Group& group, const Sources<T>& sources,
+                    const std::vector<Panels<T>>& panels, int64_t first, int64_t count, T* sums,
+                    std::vector<const T*>& right) {
+  const Source<T>& u = group.u_plane < 0 ? *item.moment->u : *sources[group.u_plane];
+  const Source<T>& v = group.v_plane < 0 ? *item.moment->v : *sources[group.v_plane];
   const Panels<T>&u_panels = panels[u.index], &v_panels = panels[v.index];
   right.clear();
   for (int64_t block = item.v0; block < item.v1; ++block)
@@ -101,7 +109,8 @@ void add_signed(const Item<T>& item, const std::vector<T>& sums, int64_t first, 
 
 // Adds the sums of `count` packed images, of which the first is number `number` of the batch.
 template <class T>
-void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t number, int64_t count, T* sums) {
+void multiply_item(const Item<T>& item, const Sources<T>& sources, const std::vector<Panels<T>>& panels,
+                   int64_t number, int64_t count, T* sums) {
   const Moment<T>& moment = *item.moment;
   const int64_t begin = count * item.part / item.parts, end = count * (item.part + 1) / item.parts;
   const int64_t positions = moment.u->pitch[0] * moment.u->pitch[1], draws = moment.summed_draws();
@@ -117,29 +126,48 @@ void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, in
       std::fill(target, target + elements, T{0});
     }
     for (const Group& group : moment.groups)
-      multiply_group(item, group, panels, image, std::min(step, end - image), target, right);
+      if (&group - moment.groups.data() != moment.mixed)
+        multiply_group(item, group, sources, panels, image, std::min(step, end - image), target, right);
     if (draws > 0 && (place + 1 == kSignedImages || image + 1 == end))
       add_signed(item, waiting, number + image - place, place + 1, sums + item.start);
   }
 }
 
+// Makes the sums of a mixed group.
+template <class T>
+void mix(const Item<T>& item, T* sums) {
+  const Moment<T>& moment = *item.moment;
+  for (const Mix<T>& each : moment.mixes) {
+    for (int64_t u = item.u0; u < item.u1; ++u) {
+      for (int64_t v = item.v0; v < item.v1; ++v) {
+        const T* from = sums + item.start + item.offset(u, v, moment.groups[each.from], 0);
+        T* to = sums + item.start + item.offset(u, v, moment.groups[moment.mixed], each.vector);
+        for (int64_t i = 0; i < kLanes<T> * kLanes<T>; ++i) to[i] += each.coefficient * from[i];
+      }
+    }
+  }
+}
+
 // Tiles of blocks of all moments.
 template <class T>
-std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
+std::vector<Item<T>> split(std::vector<Moment<T>>& moments, const Sources<T>& sources) {
   std::vector<Item<T>> items;
   for (Moment<T>& moment : moments) {
     if (moment.groups.empty()) continue;
     const Source<T>&u = *moment.u, &v = *moment.v;
     double work = 0;
     for (const Group& group : moment.groups) {
-      const int64_t rows = group.row < 0 ? u.size[0] : 1, columns = group.column < 0 ? u.size[1] : 1;
+      if (&group - moment.groups.data() == moment.mixed) continue;
+      const Pair& size = group.u_plane < 0 ? u.size : sources[group.u_plane]->size;
+      const int64_t rows = group.row < 0 ? size[0] : 1, columns = group.column < 0 ? size[1] : 1;
       work += static_cast<double>(group.shifts.size()) * static_cast<double>(rows * columns);
     }
     const auto main_shifts = static_cast<double>(std::max_element(
         moment.groups.begin(), moment.groups.end(),
         [](const Group& a, const Group& b) { return a.shifts.size() < b.shifts.size(); })->shifts.size());
     const double wanted = moment.summed_draws() > 0 ? kDrawItemSums : kItemSums;
-    const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / main_shifts)));
+    const int64_t side = moment.mixed >= 0
+        ? kPlaneSide : std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / main_shifts)));
     for (int64_t u0 = 0; u0 < u.blocks; u0 += side) {
       for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += side) {
         Item<T> item{&moment, u0, std::min(u0 + side, u.blocks), v0, std::min(v0 + side, v.blocks), 0, 1, 0, 0};
@@ -299,9 +327,10 @@ void want_sums(Source<T>& source, const Window& window, const Weights& weights) 
 }
 
 template <class T>
-Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t image_bytes) {
+Schedule<T> schedule(std::vector<Moment<T>>& moments, const Sources<T>& sources, int64_t images,
+                     int64_t image_bytes) {
   Schedule<T> plan;
-  plan.items = split(moments);
+  plan.items = split(moments, sources);
   plan.sum_elements = place(plan.items);
   const int64_t bytes = plan.sum_elements * static_cast<int64_t>(sizeof(T));
   const double work = total_cost(plan.items) * static_cast<double>(images * kLanes<T> * kLanes<T>);
@@ -334,14 +363,18 @@ void Batch<T>::sum_part(const Schedule<T>& plan, int64_t part, int64_t reach, st
   for (int64_t first = begin; first < end; first += plan.images_at_once) {
     const int64_t count = std::min(plan.images_at_once, end - first);
     for (const auto& source : sources) {
+      if (source->base != nullptr) continue;
       Panels<T>& own = panels[source->index];
       each(alone, source->pack_tasks(count), [&](int64_t task) { source->pack(own, first, count, task); });
       each(alone, source->sum_tasks(), [&](int64_t task) { source->add_sums(own, first, count, task); });
     }
+    each(alone, static_cast<int64_t>(sources.size()), [&](int64_t i) {
+      if (sources[i]->base != nullptr) sources[i]->combine(panels[sources[i]->base->index], panels[i], count);
+    });
     each(alone, static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
       const Item<T>& item = plan.items[plan.order[i]];
       if (first == begin) std::memset(sums + item.start, 0, item.elements() * sizeof(T));
-      multiply_item(item, panels, first, count, sums);
+      multiply_item(item, sources, panels, first, count, sums);
     });
   }
 }
@@ -352,7 +385,6 @@ void Batch<T>::run() {
   for (auto& source : sources) {
     source->lay_out();
     source->index = &source - sources.data();
-    image_bytes += source->blocks * source->pitch[0] * source->pitch[1] * source->width * sizeof(T);
   }
   for (Moment<T>& moment : moments) {
     moment.plan();
@@ -360,8 +392,11 @@ void Batch<T>::run() {
     if (moment.v_bias) want_sums(*moment.u, moment.u_window, moment.weights);
     for (const Group& group : moment.groups)
       for (int64_t shift : group.shifts) reach = std::max(reach, std::abs(shift));
+    use_planes(moment, sources);
   }
-  Schedule<T> plan = schedule(moments, std::max<int64_t>(images, 1), image_bytes);
+  for (const auto& source : sources)
+    image_bytes += source->blocks * source->pitch[0] * source->pitch[1] * source->width * sizeof(T);
+  Schedule<T> plan = schedule(moments, sources, std::max<int64_t>(images, 1), image_bytes);
   const Buffer<T> sums = allocate<T>(plan.parts * plan.sum_elements);
   std::vector<std::vector<Panels<T>>> panels(plan.parts);
   each(plan.parts == 1, plan.parts, [&](int64_t part) {
@@ -377,6 +412,7 @@ void Batch<T>::run() {
       add(sums.get() + item.start, sums.get() + part * plan.sum_elements + item.start, item.elements());
     for (int64_t part = 1; item.part == 0 && part < item.parts; ++part)
       add(sums.get() + item.start, sums.get() + plan.items[i + part].start, item.elements());
+    if (item.part == 0) mix(item, sums.get());
   });
   for (int64_t part = 1; part < plan.parts; ++part)
     for (size_t source = 0; source < sources.size(); ++source)

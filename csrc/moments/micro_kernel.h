@@ -160,9 +160,27 @@ void pack(const Row& row, T* out, int64_t stride) {
     for (int64_t c = 0; c < row.channels; ++c) out[x * stride + c] = data[c * row.channel_stride + x * row.step];
 }
 
+template <class T, int Count>
+void blend_of(const T* const* in, const T* signs, int64_t step, int64_t length, T* out) {
+  typedef T Panel __attribute__((vector_size(kPanelBytes), aligned(sizeof(T)), may_alias));
+  for (int64_t x = 0; x < length; ++x) {
+    Panel sum = signs[0] * *reinterpret_cast<const Panel*>(in[0] + x * step * kLanes<T>);
+#pragma GCC unroll 4
+    for (int k = 1; k < Count; ++k) sum += signs[k] * *reinterpret_cast<const Panel*>(in[k] + x * step * kLanes<T>);
+    *reinterpret_cast<Panel*>(out + x * kLanes<T>) = sum;
+  }
+}
+
+template <class T>
+void blend(const T* const* in, const T* signs, int64_t count, int64_t step, int64_t length, T* out) {
+  if (count == 1) return blend_of<T, 1>(in, signs, step, length, out);
+  if (count == 2) return blend_of<T, 2>(in, signs, step, length, out);
+  blend_of<T, 4>(in, signs, step, length, out);
+}
+
 template <class T, int Bytes, int MR>
 constexpr Kernels<T> table() {
-  return {multiply<T, Bytes, MR>, pack<T>};
+  return {multiply<T, Bytes, MR>, pack<T>, blend<T>};
 }
 
 }  // namespace
