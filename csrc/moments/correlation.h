@@ -22,12 +22,20 @@ struct Term {
   T coefficient;
 };
 
+// Along one axis, tile t of a plane is a[stride·t + first] + sign·a[stride·t + second], without the second at 0.
+struct Blend {
+  int64_t stride, first, second, sign;
+};
+
 // The sums over the same positions of u, one for each shift of v.
 struct Group {
   int64_t row, column;          // −1 stands for all
   std::vector<int64_t> shifts;  // in positions of the packed map; narrow panels reach the next ones too
   int64_t first;                // the number of sums in the groups before this one
-  int64_t u_plane = -1, v_plane = -1;  // sources instead of the moment's own
+  // Instead of the maps, planes of them; strides of 0 for none.
+  std::array<Blend, 2> u_blends{}, v_blends{};
+
+  bool blended() const { return u_blends[0].stride > 0; }
 };
 
 // Adds coefficient · the sum of group `from` to sum `vector` of the mixed group.

@@ -24,15 +24,14 @@ constexpr int64_t kFewParts = 8, kMostParts = 64;
 constexpr int64_t kChain = 256;
 // Sums per item: enough that panels are read from memory seldom; and fewer where each is held for every draw as well.
 constexpr double kItemSums = 64, kDrawItemSums = 16;
-// Blocks along a side of an item whose products are those of planes.
-constexpr int64_t kPlaneSide = 4;
+// Blocks of u and v of an item whose products are those of planes.
+constexpr Pair kPlaneSides{4, 8};
+// Positions of the maps of which planes are made at one time.
+constexpr int64_t kPlanePositions = 512;
 // Images whose sums wait to be added up under all draws at once.
 constexpr int64_t kSignedImages = 8;
 // Items of the whole batch, about, whatever the number of threads, so that results do not depend on it.
 constexpr double kItems = 24;
-
-template <class T>
-using Sources = std::vector<std::unique_ptr<Source<T>>>;
 
 // The longest loop innermost, and loops over adjacent memory made one.
 Walk compact(Walk walk) {
@@ -55,11 +54,9 @@ Walk compact(Walk walk) {
 
 // Adds the sums of one group over `count` images to those of an item.
 template <class T>
-void multiply_group(const Item<T>& item, const Group& group, const Sources<T>& sources,
-                    const std::vector<Panels<T>>& panels, int64_t first, int64_t count, T* sums,
-                    std::vector<const T*>& right) {
-  const Source<T>& u = group.u_plane < 0 ? *item.moment->u : *sources[group.u_plane];
-  const Source<T>& v = group.v_plane < 0 ? *item.moment->v : *sources[group.v_plane];
+void multiply_group(const Item<T>& item, const Group& group, const std::vector<Panels<T>>& panels, int64_t first,
+                    int64_t count, T* sums, std::vector<const T*>& right) {
+  const Source<T>&u = *item.moment->u, &v = *item.moment->v;
   const Panels<T>&u_panels = panels[u.index], &v_panels = panels[v.index];
   right.clear();
   for (int64_t block = item.v0; block < item.v1; ++block)
@@ -90,6 +87,64 @@ void multiply_group(const Item<T>& item, const Group& group, const Sources<T>& s
   }
 }
 
+// Writes tiles of a plane of one block of an image.
+template <class T>
+void blend(const Source<T>& source, const T* in, const std::array<Blend, 2>& blends, int64_t row0, int64_t rows,
+           int64_t columns, T* out) {
+  const auto& [y, x] = blends;
+  const int64_t down = y.sign == 0 ? 1 : 2, along = x.sign == 0 ? 1 : 2;
+  for (int64_t row = row0; row < row0 + rows; ++row, out += columns * source.width) {
+    const T* from[4];
+    T signs[4];
+    for (int64_t i = 0; i < down; ++i) {
+      for (int64_t j = 0; j < along; ++j) {
+        const int64_t position = (y.stride * row + (i == 0 ? y.first : y.second)) * source.pitch[1];
+        from[i * along + j] = in + (position + (j == 0 ? x.first : x.second)) * source.width;
+        signs[i * along + j] = static_cast<T>((i == 0 ? 1 : y.sign) * (j == 0 ? 1 : x.sign));
+      }
+    }
+    kernels<T>().blend(from, signs, down * along, x.stride, columns, out);
+  }
+}
+
+// The same as multiply_group for all products of planes. Planes are made of a few rows of the maps at a time, so that
+// both stay in the L2 cache.
+template <class T>
+void multiply_planes(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t first, int64_t count, T* sums,
+                     std::vector<T>& planes) {
+  const Source<T>&u = *item.moment->u, &v = *item.moment->v;
+  const int64_t image_step = std::max<int64_t>(1, kPlanePositions / (u.size[0] * u.size[1]));
+  const int64_t row_step = std::clamp<int64_t>(kPlanePositions / u.size[1] / 2 * 2, 2, u.size[0]);
+  const int64_t u_count = item.u1 - item.u0, v_count = item.v1 - item.v0, area = image_step * row_step * u.size[1] * u.width;
+  planes.resize((u_count + v_count) * area);
+  std::vector<const T*> right;
+  for (int64_t block = 0; block < v_count; ++block) right.push_back(planes.data() + (u_count + block) * area);
+  for (int64_t image = first; image < first + count; image += image_step) {
+    const int64_t images = std::min(image_step, first + count - image);
+    for (int64_t row = 0; row < u.size[0]; row += row_step) {
+      for (const Group& group : item.moment->groups) {
+        if (!group.blended()) continue;
+        const int64_t stride = group.u_blends[0].stride, columns = u.size[1] / group.u_blends[1].stride;
+        const int64_t rows = std::min(row_step, u.size[0] - row) / stride;
+        const auto make = [&](const Source<T>& source, int64_t block, const std::array<Blend, 2>& blends, T* out) {
+          const Panels<T>& from = panels[source.index];
+          for (int64_t i = 0; i < images; ++i, out += rows * columns * source.width)
+            blend(source, from.first + block * from.block_elements + (image + i) * source.image_elements(), blends,
+                  row / stride, rows, columns, out);
+        };
+        for (int64_t block = 0; block < u_count; ++block)
+          make(u, item.u0 + block, group.u_blends, planes.data() + block * area);
+        for (int64_t block = 0; block < v_count; ++block)
+          make(v, item.v0 + block, group.v_blends, planes.data() + (u_count + block) * area);
+        const Walk walk{{1, 1, images * rows * columns}, {0, 0, u.width}, {0, 0, v.width}};
+        for (int64_t block = 0; block < u_count; ++block)
+          kernels<T>().multiply(walk, planes.data() + block * area, u.channels_of(item.u0 + block), right.data(), 0,
+                                v_count, {sums + item.offset(item.u0 + block, item.v0, group, 0)});
+      }
+    }
+  }
+}
+
 // Adds the sums of `count` images, one after the other, under every draw. The first is number `first` of the batch.
 template <class T>
 void add_signed(const Item<T>& item, const std::vector<T>& sums, int64_t first, int64_t count, T* totals) {
@@ -109,15 +164,14 @@ void add_signed(const Item<T>& item, const std::vector<T>& sums, int64_t first, 
 
 // Adds the sums of `count` packed images, of which the first is number `number` of the batch.
 template <class T>
-void multiply_item(const Item<T>& item, const Sources<T>& sources, const std::vector<Panels<T>>& panels,
-                   int64_t number, int64_t count, T* sums) {
+void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t number, int64_t count, T* sums) {
   const Moment<T>& moment = *item.moment;
   const int64_t begin = count * item.part / item.parts, end = count * (item.part + 1) / item.parts;
   const int64_t positions = moment.u->pitch[0] * moment.u->pitch[1], draws = moment.summed_draws();
   const int64_t step = draws > 0 ? 1 : std::max<int64_t>(1, kGroupRows / positions);
   const int64_t elements = draws > 0 ? item.draw_elements() : 0;
   std::vector<const T*> right;
-  std::vector<T> waiting(kSignedImages * elements);
+  std::vector<T> waiting(kSignedImages * elements), planes;
   for (int64_t image = begin; image < end; image += step) {
     T* target = sums + item.start;
     const int64_t place = (image - begin) % kSignedImages;
@@ -125,9 +179,11 @@ void multiply_item(const Item<T>& item, const Sources<T>& sources, const std::ve
       target = waiting.data() + place * elements;
       std::fill(target, target + elements, T{0});
     }
+    const int64_t images = std::min(step, end - image);
+    if (moment.mixed >= 0) multiply_planes(item, panels, image, images, target, planes);
     for (const Group& group : moment.groups)
-      if (&group - moment.groups.data() != moment.mixed)
-        multiply_group(item, group, sources, panels, image, std::min(step, end - image), target, right);
+      if (!group.blended() && &group - moment.groups.data() != moment.mixed)
+        multiply_group(item, group, panels, image, images, target, right);
     if (draws > 0 && (place + 1 == kSignedImages || image + 1 == end))
       add_signed(item, waiting, number + image - place, place + 1, sums + item.start);
   }
@@ -150,7 +206,7 @@ void mix(const Item<T>& item, T* sums) {
 
 // Tiles of blocks of all moments.
 template <class T>
-std::vector<Item<T>> split(std::vector<Moment<T>>& moments, const Sources<T>& sources) {
+std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
   std::vector<Item<T>> items;
   for (Moment<T>& moment : moments) {
     if (moment.groups.empty()) continue;
@@ -158,19 +214,21 @@ std::vector<Item<T>> split(std::vector<Moment<T>>& moments, const Sources<T>& so
     double work = 0;
     for (const Group& group : moment.groups) {
       if (&group - moment.groups.data() == moment.mixed) continue;
-      const Pair& size = group.u_plane < 0 ? u.size : sources[group.u_plane]->size;
-      const int64_t rows = group.row < 0 ? size[0] : 1, columns = group.column < 0 ? size[1] : 1;
+      const Pair stride = group.blended() ? Pair{group.u_blends[0].stride, group.u_blends[1].stride} : Pair{1, 1};
+      const int64_t rows = group.row < 0 ? u.size[0] / stride[0] : 1;
+      const int64_t columns = group.column < 0 ? u.size[1] / stride[1] : 1;
       work += static_cast<double>(group.shifts.size()) * static_cast<double>(rows * columns);
     }
     const auto main_shifts = static_cast<double>(std::max_element(
         moment.groups.begin(), moment.groups.end(),
         [](const Group& a, const Group& b) { return a.shifts.size() < b.shifts.size(); })->shifts.size());
     const double wanted = moment.summed_draws() > 0 ? kDrawItemSums : kItemSums;
-    const int64_t side = moment.mixed >= 0
-        ? kPlaneSide : std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / main_shifts)));
-    for (int64_t u0 = 0; u0 < u.blocks; u0 += side) {
-      for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += side) {
-        Item<T> item{&moment, u0, std::min(u0 + side, u.blocks), v0, std::min(v0 + side, v.blocks), 0, 1, 0, 0};
+    const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / main_shifts)));
+    const Pair sides = moment.mixed < 0 ? Pair{side, side} : kPlaneSides;
+    for (int64_t u0 = 0; u0 < u.blocks; u0 += sides[0]) {
+      for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += sides[1]) {
+        Item<T> item{
+            &moment, u0, std::min(u0 + sides[0], u.blocks), v0, std::min(v0 + sides[1], v.blocks), 0, 1, 0, 0};
         item.cost = work * static_cast<double>((item.u1 - u0) * (item.v1 - v0));
         items.push_back(item);
       }
@@ -327,10 +385,9 @@ void want_sums(Source<T>& source, const Window& window, const Weights& weights) 
 }
 
 template <class T>
-Schedule<T> schedule(std::vector<Moment<T>>& moments, const Sources<T>& sources, int64_t images,
-                     int64_t image_bytes) {
+Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t image_bytes) {
   Schedule<T> plan;
-  plan.items = split(moments, sources);
+  plan.items = split(moments);
   plan.sum_elements = place(plan.items);
   const int64_t bytes = plan.sum_elements * static_cast<int64_t>(sizeof(T));
   const double work = total_cost(plan.items) * static_cast<double>(images * kLanes<T> * kLanes<T>);
@@ -363,18 +420,14 @@ void Batch<T>::sum_part(const Schedule<T>& plan, int64_t part, int64_t reach, st
   for (int64_t first = begin; first < end; first += plan.images_at_once) {
     const int64_t count = std::min(plan.images_at_once, end - first);
     for (const auto& source : sources) {
-      if (source->base != nullptr) continue;
       Panels<T>& own = panels[source->index];
       each(alone, source->pack_tasks(count), [&](int64_t task) { source->pack(own, first, count, task); });
       each(alone, source->sum_tasks(), [&](int64_t task) { source->add_sums(own, first, count, task); });
     }
-    each(alone, static_cast<int64_t>(sources.size()), [&](int64_t i) {
-      if (sources[i]->base != nullptr) sources[i]->combine(panels[sources[i]->base->index], panels[i], count);
-    });
     each(alone, static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
       const Item<T>& item = plan.items[plan.order[i]];
       if (first == begin) std::memset(sums + item.start, 0, item.elements() * sizeof(T));
-      multiply_item(item, sources, panels, first, count, sums);
+      multiply_item(item, panels, first, count, sums);
     });
   }
 }
@@ -385,6 +438,7 @@ void Batch<T>::run() {
   for (auto& source : sources) {
     source->lay_out();
     source->index = &source - sources.data();
+    image_bytes += source->blocks * source->pitch[0] * source->pitch[1] * source->width * sizeof(T);
   }
   for (Moment<T>& moment : moments) {
     moment.plan();
@@ -392,11 +446,9 @@ void Batch<T>::run() {
     if (moment.v_bias) want_sums(*moment.u, moment.u_window, moment.weights);
     for (const Group& group : moment.groups)
       for (int64_t shift : group.shifts) reach = std::max(reach, std::abs(shift));
-    use_planes(moment, sources);
+    use_planes(moment);
   }
-  for (const auto& source : sources)
-    image_bytes += source->blocks * source->pitch[0] * source->pitch[1] * source->width * sizeof(T);
-  Schedule<T> plan = schedule(moments, sources, std::max<int64_t>(images, 1), image_bytes);
+  Schedule<T> plan = schedule(moments, std::max<int64_t>(images, 1), image_bytes);
   const Buffer<T> sums = allocate<T>(plan.parts * plan.sum_elements);
   std::vector<std::vector<Panels<T>>> panels(plan.parts);
   each(plan.parts == 1, plan.parts, [&](int64_t part) {

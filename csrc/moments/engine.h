@@ -48,7 +48,6 @@ struct Batch {
   void run();
 
  private:
-  void pack(const Schedule<T>& plan, int64_t first, int64_t count, std::vector<Panels<T>>& panels);
   void sum_part(const Schedule<T>& plan, int64_t part, int64_t reach, std::vector<Panels<T>>& panels, T* sums);
 };
 

@@ -71,8 +71,9 @@ template <class T, int Bytes, int MR>
 void multiply(const Walk& walk, const T* a, int64_t rows, const T* const* b, int64_t shift, int64_t vectors,
               const Sums<T>& acc) {
   constexpr int64_t lanes = Bytes / sizeof(T), parts = kLanes<T> / lanes;
-  for (int64_t first = 0; first < vectors * parts; first += 3) {
-    const int64_t count = vectors * parts - first < 3 ? vectors * parts - first : 3;
+  for (int64_t first = 0, count; first < vectors * parts; first += count) {
+    const int64_t rest = vectors * parts - first;
+    count = rest == 4 ? 2 : rest < 3 ? rest : 3;  // a single vector takes nearly as long as two
     const T* right[3];
     T* sums[3];
     for (int64_t j = 0; j < count; ++j) {

@@ -59,27 +59,10 @@ std::vector<Rectangle> rectangles(const std::vector<int64_t>& shifts, int64_t pi
   return found;
 }
 
-template <class T>
-int64_t plane(const Source<T>& base, const Pair& size, const std::array<Blend, 2>& blends,
-              std::vector<std::unique_ptr<Source<T>>>& sources) {
-  for (const auto& known : sources)
-    if (known->base == &base && known->size == size && known->blends == blends) return known->index;
-  Source<T> source;
-  source.map = base.map;
-  source.base = &base;
-  source.blends = blends;
-  source.size = source.pitch = size;
-  source.channels = base.channels;
-  source.index = static_cast<int64_t>(sources.size());
-  source.lay_out();
-  sources.push_back(std::make_unique<Source<T>>(std::move(source)));
-  return sources.back()->index;
-}
-
 }  // namespace
 
 template <class T>
-void use_planes(Moment<T>& moment, std::vector<std::unique_ptr<Source<T>>>& sources) {
+void use_planes(Moment<T>& moment) {
   const Source<T>&u = *moment.u, &v = *moment.v;
   const bool whole = u.width == kLanes<T> && v.width == kLanes<T> && u.size[0] % 2 == 0 && u.size[1] % 2 == 0;
   if (!whole || u.blocks * v.blocks < kLeastPairs || v.draws > 0) return;
@@ -93,10 +76,8 @@ void use_planes(Moment<T>& moment, std::vector<std::unique_ptr<Source<T>>>& sour
     for (const Rectangle& each : rectangles(shifts, u.pitch[1], columns)) {
       for (const Factor& y : factors(each[0][0], each[0][1])) {
         for (const Factor& x : factors(each[1][0], each[1][1])) {
-          const Pair size{u.size[0] / y.u.stride, u.size[1] / x.u.stride};
           const int64_t number = static_cast<int64_t>(moment.groups.size());
-          moment.groups.push_back({-1, -1, {0}, moment.sums++, plane(u, size, {y.u, x.u}, sources),
-                                   plane(v, size, {y.v, x.v}, sources)});
+          moment.groups.push_back({-1, -1, {0}, moment.sums++, {y.u, x.u}, {y.v, x.v}});
           for (const auto& [row, down] : y.adds) {
             for (const auto& [column, along] : x.adds) {
               const auto place = std::lower_bound(shifts.begin(), shifts.end(), row * u.pitch[1] + column);
@@ -111,7 +92,7 @@ void use_planes(Moment<T>& moment, std::vector<std::unique_ptr<Source<T>>>& sour
   }
 }
 
-template void use_planes<float>(Moment<float>&, std::vector<std::unique_ptr<Source<float>>>&);
-template void use_planes<double>(Moment<double>&, std::vector<std::unique_ptr<Source<double>>>&);
+template void use_planes<float>(Moment<float>&);
+template void use_planes<double>(Moment<double>&);
 
 }  // namespace growkern

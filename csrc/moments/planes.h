@@ -5,15 +5,12 @@
 // of 1, −1 and ½ occur, so that little precision is lost. In two dimensions the savings multiply.
 #pragma once
 
-#include <memory>
-#include <vector>
-
 #include "correlation.h"
 
 namespace growkern {
 
-// Has the largest group of a moment mixed from products of planes, which are added to the sources, where that pays.
+// Has the sums of a moment over all positions mixed from products of planes, where that pays.
 template <class T>
-void use_planes(Moment<T>& moment, std::vector<std::unique_ptr<Source<T>>>& sources);
+void use_planes(Moment<T>& moment);
 
 }  // namespace growkern

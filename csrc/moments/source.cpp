@@ -136,29 +136,6 @@ void Source<T>::pack(Panels<T>& panels, int64_t first, int64_t count, int64_t ta
 }
 
 template <class T>
-void Source<T>::combine(const Panels<T>& whole, Panels<T>& panels, int64_t count) const {
-  const auto& [y, x] = blends;
-  const int64_t rows = y.sign == 0 ? 1 : 2, columns = x.sign == 0 ? 1 : 2;
-  for (int64_t task = 0; task < blocks * count; ++task) {
-    const int64_t block = task % blocks, image = task / blocks;
-    const T* in = whole.first + block * whole.block_elements + image * base->image_elements();
-    T* out = panels.first + block * panels.block_elements + image * image_elements();
-    for (int64_t row = 0; row < size[0]; ++row, out += size[1] * width) {
-      const T* from[4];
-      T signs[4];
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) {
-          const int64_t position = y.stride * row + (i == 0 ? y.first : y.second);
-          from[i * columns + j] = in + (position * base->pitch[1] + (j == 0 ? x.first : x.second)) * width;
-          signs[i * columns + j] = static_cast<T>((i == 0 ? 1 : y.sign) * (j == 0 ? 1 : x.sign));
-        }
-      }
-      kernels<T>().blend(from, signs, rows * columns, x.stride, size[1], out);
-    }
-  }
-}
-
-template <class T>
 void Source<T>::add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const {
   if (lumped) return add_lumped(panels, first, count, task);
   const int64_t rows = channel_blocks * size[0], elements = size[1] * width;

@@ -58,13 +58,6 @@ struct Panels {
   std::vector<double> sums;  // over images: [draw, 0 for none][channel block][row][column][channel]
 };
 
-// Along one axis of a plane: position t is a[stride·t + first] + sign·a[stride·t + second], without the second at 0.
-struct Blend {
-  int64_t stride, first, second, sign;
-
-  bool operator==(const Blend&) const = default;
-};
-
 // Weights of sample positions, one factor per row and one per column.
 using Weights = std::array<std::vector<double>, 2>;
 
@@ -82,8 +75,6 @@ struct Source {
   bool lumped = true;        // whether they are wanted over all positions together only
   const T* signs = nullptr;  // (draws, images)
   int64_t draws = 0;
-  const Source* base = nullptr;  // of a plane: the source whose panels it combines
-  std::array<Blend, 2> blends{};
   bool copied = false;       // whether the panels are repeated under each draw, or only `sums` are
 
   int64_t index = 0;           // in the batch
@@ -103,11 +94,10 @@ struct Source {
   void pack(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const;
   // What `sums` tell apart.
   Pair summed_size() const { return lumped ? Pair{1, 1} : size; }
-  void combine(const Panels<T>& whole, Panels<T>& panels, int64_t count) const;
   int64_t sum_tasks() const { return !summed ? 0 : lumped ? channel_blocks : channel_blocks * size[0] * (1 + draws); }
   void add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_t task) const;
   void add_lumped(Panels<T>& panels, int64_t first, int64_t count, int64_t block) const;
-  bool is_matrix() const { return base == nullptr && !patches && size == Pair{1, 1} && pitch == Pair{1, 1}; }
+  bool is_matrix() const { return !patches && size == Pair{1, 1} && pitch == Pair{1, 1}; }
   // Whether the rows of a narrow matrix are panel rows as they are; wide ones are slower than their copies.
   bool in_place() const;
 };
