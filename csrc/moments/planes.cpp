@@ -6,8 +6,8 @@
 namespace growkern {
 namespace {
 
-// Pairs of blocks from which on the products that are saved are worth the sums and differences.
-constexpr int64_t kLeastPairs = 8;
+// Pairs of blocks, and positions, from which on the products that are saved are worth the sums and differences.
+constexpr int64_t kLeastPairs = 8, kLeastPositions = 256;
 
 // A product along one axis, and what it adds to the sum at each shift.
 struct Factor {
@@ -65,7 +65,7 @@ template <class T>
 void use_planes(Moment<T>& moment) {
   const Source<T>&u = *moment.u, &v = *moment.v;
   const bool whole = u.width == kLanes<T> && v.width == kLanes<T> && u.size[0] % 2 == 0 && u.size[1] % 2 == 0;
-  if (!whole || u.blocks * v.blocks < kLeastPairs || v.draws > 0) return;
+  if (!whole || u.blocks * v.blocks < kLeastPairs || u.size[0] * u.size[1] < kLeastPositions || v.draws > 0) return;
   const Pair columns = shift_range(moment.u_window, moment.v_window, 1);
   if (columns[1] - columns[0] >= u.pitch[1]) return;
   for (size_t index = 0; index < moment.groups.size(); ++index) {
