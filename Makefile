@@ -9,7 +9,7 @@ STAMP := .venv/.set-up
 export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint sanitize docs clean
+.PHONY: setup demo test bench lint sanitize docs clean
 
 setup: $(STAMP)
 
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml Makefile setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(BIN)/pip install $(TORCHVISION) --no-deps
 	$(BIN)/pip install $(TRITON)
 	$(BIN)/pip install setuptools wheel ninja pybind11
-	$(BIN)/pip install --no-build-isolation -e .[test,demo,docs,gromo]
+	$(BIN)/pip install --no-build-isolation -e .[test,demo,docs,gromo,bench]
 	touch $@
 
 demo: $(STAMP)
@@ -28,6 +28,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10
+
+# Every kernel beside users' PyTorch, the best of PyTorch and gromo, in bench/results/<machine>; BENCH="-k eigh" for a
+# part, which leaves the other rows as they are. The limit is on starting rows.
+BENCH ?=
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench -q --benchmark-quiet --seconds 780 $(BENCH); status=$$?; \
+		$(BIN)/python bench/report.py; exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

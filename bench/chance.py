@@ -28,7 +28,7 @@ import growkern as gk
 from growkern import chance
 from growkern.neurons import METHODS
 from growkern.stacks import stack
-from growkern.whitening import Factor, singular, whiten_both
+from growkern.whitening import Factor, Whitened
 
 RESULTS = Path(__file__).parent / "results" / "chance"
 LEVELS = (4.0, 4.5, 5.0)
@@ -127,7 +127,7 @@ def deviations(moments: gk.Moments, method: str) -> float:
     hh = factor(m.hh)
     bottleneck = m.vv.diagonal(dim1=1, dim2=2).sum(1) - (m.hv * hh.solve(m.hv)).sum((1, 2))
     x, v = factor(m.xx) if rule.whiten_x else None, factor(m.vv) if rule.whiten_v else None
-    top = singular(whiten_both(m.xr if rule.project else m.xv, x, v, m.offsets), 1, None)[0][0, 0]
+    top = Whitened(m.xr if rule.project else m.xv, x, v, m.offsets).singular(1, None)[0][0, 0]
     tops = chance.tops(m, x, v, hh, bottleneck, rule.project)
     return float((top - tops.mean()) / tops.std())
 

@@ -78,16 +78,17 @@ def available(op: str) -> tuple[str, ...]:
     tuple of str
         Backend names; empty where there is no such op.
     """
-    return tuple(backend for backend in BACKENDS if backend in _implementations.get(op, {}))
+    return tuple(backend for backend in BACKENDS if backend in _implementations.get(op, {}) and _is_here(backend))
 
 
+@functools.cache
 def has_triton() -> bool:
     """Tell whether Triton kernels can run here: Triton is installed, and a GPU is there or its interpreter is on.
 
     Returns
     -------
     bool
-        Whether to register them; nothing of Triton is imported to tell.
+        Whether they can; nothing of Triton is imported to tell, but CUDA is asked for devices.
     """
     return importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
 
@@ -158,8 +159,11 @@ def define(op: str, schema: str, shapes: Callable[..., Sequence[Sequence[int]]])
     @torch.library.impl(f"growkern::{op}", "CompositeExplicitAutograd")
     def run(*args: Any) -> tuple[Tensor, ...]:
         shapes(*args)
-        with torch.autocast(args[0].device.type, enabled=False):
-            return implementation(op, args[0].device.type)(*args)
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return implementation(op, device)(*args)
+        with torch.autocast(device, enabled=False):
+            return implementation(op, device)(*args)
 
     @torch.library.register_fake(f"growkern::{op}")
     def fake(*args: Any) -> tuple[Tensor, ...]:
@@ -192,16 +196,22 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     name = _chosen or os.environ.get("GROWKERN_BACKEND", "auto")
     if name not in ACCEPTED:
         raise ValueError(f"GROWKERN_BACKEND: expected one of {', '.join(ACCEPTED)}, got {name!r}")
-    names = available(op)
+    known = _implementations[op]
     if name == "auto":
-        if device == "cpu" and "cpp" not in names:
+        if device == "cpu" and "cpp" not in known:
             _mention_missing_kernels()
-        name = next(each for each in names if device in DEVICES.get(each, (device,)))
-    elif name not in names:
-        raise RuntimeError(f"{op} has no {name} implementation here; available: {', '.join(names)}")
+        fitting = (each for each in BACKENDS if each in known and device in DEVICES.get(each, (device,)))
+        name = next(each for each in fitting if _is_here(each))
+    elif name not in known or not _is_here(name):
+        raise RuntimeError(f"{op} has no {name} implementation here; available: {', '.join(available(op))}")
     elif device not in DEVICES.get(name, (device,)):
         raise RuntimeError(f"{op}: {name} takes {' or '.join(DEVICES[name])} tensors, got one on {device}")
-    return _implementations[op][name]
+    return known[name]
+
+
+def _is_here(backend: str) -> bool:
+    """Whether a backend that is registered can run; asked only where it matters, as it may start CUDA."""
+    return backend != "triton" or has_triton()
 
 
 @functools.cache

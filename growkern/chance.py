@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from growkern.spectra import largest_eigenvalue
 from growkern.stacks import Stack
-from growkern.whitening import Factor, largest_eigenvalue
+from growkern.whitening import Factor, by_row
 
-STEPS = 40  # of Lanczos' method; the tops of random matrices of 577 x 576 are then known to 1e-8
 DEVIATIONS = 5.0  # above the mean of the draws' tops, in standard deviations: at most 1% false positives
 
 
@@ -57,7 +55,7 @@ def tops(
     if moments.null is None:
         raise ValueError("neurons: 'auto' needs draws of chance; use collect(..., null_draws=16), or give an integer")
     null, offsets = moments.null, moments.offsets  # (B, draws, p, r·offsets)
-    draws, width = null.shape[1], null.shape[3]
+    draws, width = null.shape[1], null.shape[3] if v is None else v.width * offsets
     # A draw is of v⊥, which has lost what h explains of noise: so has N, but xv has not, and the projection of a
     # draw loses it again. How much that is, the draws themselves say, whatever the correlations between samples.
     kept, carried = bottleneck.new_ones(()), None
@@ -67,21 +65,20 @@ def tops(
         kept = 1 - (null_h * carried).sum((1, 2, 3)) / draws / bottleneck.clamp_min(1e-300)
     xh = moments.xh if project and carried is not None else None
 
-    def by_row(each: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
-        return each(b.unflatten(1, (-1, offsets)).flatten(2)).reshape(b.shape)
-
     def gram(b: Tensor) -> Tensor:
         """TᵀT b for b (B, r·offsets, draws), with T a whitened draw, which is never formed."""
-        right = b if v is None else by_row(v.unwhiten, b)
-        left = (null @ right.mT[..., None].to(null.dtype)).squeeze(-1).double().mT  # (B, p, draws)
+        right = b if v is None else by_row(v.unwhiten, b, offsets)
+        left = (right.mT[..., None, :].to(null.dtype) @ null.mT).squeeze(-2).double().mT  # (B, p, draws)
         if xh is not None:
             left = left - xh @ torch.einsum("bqdr,brd->bqd", carried, right)
         left = left if x is None else x.unwhiten(x.whiten(left))
         right = (left.mT[..., None, :].to(null.dtype) @ null).squeeze(-2).double().mT
         if xh is not None:
             right = right - torch.einsum("bqdr,bqd->brd", carried, xh.mT @ left)
-        return right if v is None else by_row(v.whiten, right)
+        return right if v is None else by_row(v.whiten, right, offsets)
 
     start = torch.arange(width, dtype=torch.float64, device=null.device).square().mul(0.7).cos()
-    largest = largest_eigenvalue(gram, start[:, None].expand(len(null), width, draws), min(STEPS, *null.shape[2:]))
+    narrow = min(null.shape[2:])
+    steps = min(narrow, 8 + round(2 * narrow ** (1 / 3)))  # the tops of white noise are then known to 1e-4
+    largest = largest_eigenvalue(gram, start[:, None].expand(len(null), width, draws), steps)
     return largest.clamp_min(0).sqrt() / kept.clamp_min(1e-3).sqrt()[..., None]

@@ -16,9 +16,9 @@ from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
 from growkern.eval_mode import evaluating
 from growkern.passes import Passes
-from growkern.probe import LossFn, Probe, measured_together
+from growkern.probe import LossFn, Probe, measured_together, residuals_together
 from growkern.sites import GrowthSite
-from growkern.whitening import factor
+from growkern.whitening import least_squares
 
 
 @dataclass
@@ -193,17 +193,12 @@ def collect(
             hooks.enter_context(probe.watching())
         sums = run.sweep(probes, lambda some, _: measured_together(some))
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
-        updates = {
-            name: factor(sums[name]["hh"] / counts[name]).solve(sums[name]["hv"] / counts[name]).mT
-            for name, probe in probes.items()
-            if null_draws or probe.kernel == "full"
-        }
-
-        def residual(probe: Probe, batch_size: int) -> dict[str, Tensor]:
-            return probe.residual(updates[probe.site.name], null_draws, batch_size, signs)
+        again = [name for name, probe in probes.items() if null_draws or probe.kernel == "full"]
+        means = {name: (sums[name]["hh"] / counts[name], sums[name]["hv"] / counts[name]) for name in again}
+        updates = {name: update.mT for name, update in least_squares(means).items()}
 
         remaining = {name: probes[name] for name in updates}
-        second = run.sweep(remaining, lambda some, size: [residual(probe, size) for probe in some])
+        second = run.sweep(remaining, lambda some, size: residuals_together(some, updates, null_draws, size, signs))
     return {
         name: _assemble(probe, counts[name], reduction, sums.pop(name) | second.pop(name, {}), updates.get(name))
         for name, probe in probes.items()

@@ -14,7 +14,7 @@ from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
 from growkern.stacks import Solution, Stack, solve_together
-from growkern.whitening import Factor, both_sides, singular, whiten_both
+from growkern.whitening import Factor, Whitened, by_row
 
 _GRADMAX_START = 1e-3  # norm of the fan-in relative to existing units, where relu'(0) = 0 would leave 0 dead
 
@@ -206,10 +206,10 @@ def _solve(
         count = m.numbers(limits) * units // unit * unit // units
         alpha, omega, values = _random(m.parts[0], int(limits[0] * units // unit * unit // units))
     else:
-        t = whiten_both(target, x, v, m.offsets)
+        t = Whitened(target, x, v, m.offsets)
         if neurons == "auto":
             noise = threshold(m, x, v, hh, bottleneck, rule.project)
-        values, side = singular(t, max(limits), noise)
+        values, side = t.singular(max(limits), noise)
         sound.append(~values.isnan().any(1) & (power if noise is None else noise).isfinite())
         scale = m.xv.flatten(1).norm(dim=1) if x is None else (v.rank if v else power).sqrt()
         floor = torch.maximum(1e3 * torch.finfo(m.dtype).eps * scale, 1e-7 * values[:, :1].sum(1))
@@ -217,7 +217,7 @@ def _solve(
         count = torch.minimum(m.numbers(limits), (values > floor[:, None]).sum(1)) * units // unit * unit // units
         # How many are wanted at most; on a GPU, to look would be to wait.
         most = min(max(limits), values.shape[1]) if count.is_cuda else int(count.max())
-        u, w = both_sides(t, values[:, :most], side[..., :most])
+        u, w = t.both_sides(values[:, :most], side[..., :most])
         values = values[:, :most]
         alpha, omega = _scaled(m, rule, x, v, u, values, w)
         wanted = torch.arange(alpha.shape[1], device=count.device) < count[:, None]
@@ -292,8 +292,7 @@ def _scaled(
 ) -> tuple[Tensor, Tensor]:
     """Fan-in (B, K, p) and fan-out (B, r·offsets, K) from singular vectors u, w of the whitened target."""
     if v is not None:
-        by_row = w.unflatten(1, (-1, m.offsets)).flatten(2)  # (B, r, offsets·K)
-        w = v.unwhiten(by_row).reshape(w.shape)
+        w = by_row(v.unwhiten, w, m.offsets)
     if w.numel():  # singular vectors have no sign of their own: the largest entry of the fan-out is positive
         sign = w.gather(1, w.abs().argmax(1, keepdim=True)).sign()
         u, w = u * sign, w * sign

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from growkern import ops
 from growkern.between import Pool
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call
+from growkern.ops.moments import Call, Residual
 from growkern.sites import GrowthSite, resolve
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -32,6 +32,15 @@ def measured_together(probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
         if "uniform" in each:
             sums[-1]["uniform"] = next(found)[0]
     return sums
+
+
+def residuals_together(
+    probes: Sequence[Probe], updates: Mapping[str, Tensor], draws: int, batch_size: int, generator: torch.Generator
+) -> list[dict[str, Tensor]]:
+    """Sum up N of sites together, and its draws with random signs, with v⊥ = v − update·h."""
+    calls = [probe.residual(updates[probe.site.name], draws, batch_size, generator) for probe in probes]
+    names = ("xr", "null", "null_h")
+    return [dict(zip(names, sums, strict=True)) for sums in ops.moments.grouped_residuals(calls)]
 
 
 class Probe:
@@ -171,20 +180,17 @@ class Probe:
         between = self.layers.between
         return self._all_once and between.norm is not None and between.pools_before_norm == len(between.pools)
 
-    def residual(self, update: Tensor, draws: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Sum up N and its draws with random signs, with v⊥ = v − update·h."""
+    def residual(self, update: Tensor, draws: int, batch_size: int, generator: torch.Generator) -> Residual:
+        """Give what to sum up for N and its draws with random signs."""
         signs, run = None, 1
         if draws:
             abound = self.kernel == "linear"  # an image is worth a sign of its own
             run = rows_per_sign(self.rows, batch_size, self.count if abound else self.rows)
             signs = torch.randint(0, 2, (draws, -(-self.rows // run)), generator=generator) * 2.0 - 1
-            signs = signs.to(update.device)
-        if self.kernel == "linear":
-            sums = ops.linear_residual(*self.operands, update, signs=signs, rows_per_sign=run, **self._flags)
-        else:
-            by_image = None if signs is None else signs.repeat_interleave(run, dim=1)[:, : self.rows]
-            sums = ops.conv2d_residual(*self.operands, update, signs=by_image, **self._flags)
-        return dict(zip(("xr", "null", "null_h"), sums, strict=True))
+            signs = signs.to(update.device, non_blocking=True)
+            if self.kernel != "linear":
+                signs, run = signs.repeat_interleave(run, dim=1)[:, : self.rows], 1
+        return Residual(Call(*self.operands, **self._flags), update, signs, run)
 
     def release(self) -> None:
         """Let go of the operands of the last batch."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from growkern import ops
+from growkern.spectra import WIDE, dominant, extreme_eigenvalues, product, top_singular
+
+LARGEST_PADDED = 256  # wider moments gain nothing from company
 
 
 def relative_cut(n: Tensor, dtype: torch.dtype) -> Tensor:
     """Eigenvalues of a unit-diagonal moment of n features below this are rounding, not data."""
     return n * (1e-14 if dtype == torch.float64 else 1e-8)
-
-
-WIDE = 512  # rows of a matrix, from which on a few singular values cost less by Lanczos' method
 
 
 class Factor:
@@ -59,11 +60,12 @@ class Factor:
         alive = diagonal > 0
         cut = relative_cut(alive.sum(-1), moment_dtype)  # (...,)
         self._scale = torch.where(alive, diagonal, 1).rsqrt() * alive  # (..., n)
-        scaled = a * self._scale[..., None, :] * self._scale[..., :, None]
+        scaled = (a * self._scale[..., None, :]).mul_(self._scale[..., :, None])
         self._lower: Tensor | None = None
         if not by_eigenvectors:
-            self._lower, info = torch.linalg.cholesky_ex(scaled + torch.diag_embed((~alive).double()))
-            low, high = _extreme_eigenvalues(scaled, self._lower, alive)
+            scaled.diagonal(dim1=-2, dim2=-1).add_((~alive).double())
+            self._lower, info = torch.linalg.cholesky_ex(scaled)
+            low, high = extreme_eigenvalues(scaled, self._lower, alive)
             self.sound = (info == 0) & (low > cut)
             self.rank = alive.sum(-1)
             self.condition = torch.where(low < float("inf"), high / low, 1.0)
@@ -72,13 +74,19 @@ class Factor:
             if not alone or self.sound:
                 return
             self._lower = None
-        w, self._vectors = _range(scaled, cut)  # (..., k), (..., n, k)
+            scaled.diagonal(dim1=-2, dim2=-1).sub_((~alive).double())
+        w, self._vectors = dominant(scaled, cut)  # (..., k), (..., n, k)
         kept = w > cut[..., None]
         self.sound = ~w.isnan().any(-1)
         self.rank = kept.sum(-1)
         least = torch.where(kept, w, float("inf")).amin(-1) if w.shape[-1] else w.sum(-1)
         self.condition = torch.where(self.rank > 0, w[..., -1:].sum(-1) / least, 1.0)
         self._inverse_root = torch.where(kept, w, 1).rsqrt() * kept
+
+    @property
+    def width(self) -> int:
+        """Columns of L."""
+        return (self._lower if self._lower is not None else self._vectors).shape[-1]
 
     def whiten(self, b: Tensor) -> Tensor:
         """L⁻¹ b for b of shape (..., n, m): (..., width, m)."""
@@ -100,147 +108,148 @@ class Factor:
         return self.unwhiten(self.whiten(b))
 
 
-def factor(a: Tensor) -> Factor:
-    """Factor a moment (n, n) by Cholesky where that serves, else by eigenvectors; see `Factor`."""
-    found = Factor(a)
-    if not found.sound:
-        found = Factor(a, by_eigenvectors=True)
-        if not found.sound:
-            raise ArithmeticError("the eigensolver did not converge on a second moment")
-    return found
-
-
-def whiten_both(target: Tensor, x: Factor | None, v: Factor | None, offsets: int) -> Tensor:
-    """Whiten targets (..., p, r·offsets) on the sides that have a factor; v's acts on the r rows of each offset."""
-    if x is not None:
-        target = x.whiten(target)
-    if v is not None:
-        by_row = target.unflatten(-1, (-1, offsets)).transpose(-3, -2)  # (..., r, p, offsets)
-        rows, (p, _) = v.whiten(by_row.flatten(-2)), by_row.shape[-2:]
-        target = rows.unflatten(-1, (p, offsets)).transpose(-3, -2).flatten(-2)
-    return target
-
-
-def singular(t: Tensor, most: int, above: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Singular values (..., k), descending, and vectors (..., s, k) of the smaller side s of t (..., m, n).
+def least_squares(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Give a⁺ b for the moments a (n, n) and b (n, m) of every site, those of about one size at once.
 
     Parameters
     ----------
-    t : Tensor
-        (..., m, n).
-    most : int
-        How many are wanted at most.
-    above : Tensor or None
-        (...,) size below which none is wanted.
+    pairs : mapping of str to (Tensor, Tensor)
+        By name of the site.
 
     Returns
     -------
-    values, vectors : Tensor
-        All min(m, n) of them, or of a wide matrix perhaps only those that are wanted. NaN where the eigenproblem of
-        the Gram side did not converge.
+    dict of str to Tensor
+        (n, m) in float64.
+
+    Raises
+    ------
+    ValueError
+        If an eigensolver did not converge; it names the sites.
     """
-    side = t if t.shape[-2] < t.shape[-1] else t.mT  # (..., s, l)
-    if side.shape[:-2].numel() == 1 and side.shape[-2] >= WIDE:
-        found = _top(side.view(side.shape[-2:]), most, float(above or 0))
-        if found is not None:
-            return found[0].view(*t.shape[:-2], -1), found[1].view(*t.shape[:-2], side.shape[-2], -1)
-    w, vectors = ops.eigh(side @ side.mT)
-    return w.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+    together: dict[Hashable, list[str]] = {}
+    for name, (a, b) in pairs.items():
+        wide = max(b.shape) > LARGEST_PADDED
+        together.setdefault(name if wide else (*map(rounded, b.shape), a.dtype, a.device), []).append(name)
+    found: dict[str, Tensor] = {}
+    groups = list(together.values())
+    for by_eigenvectors in (False, True):
+        factors = [
+            Factor(padded([pairs[name][0] for name in names]), by_eigenvectors=by_eigenvectors) for names in groups
+        ]
+        if not factors:
+            break
+        sound = torch.cat([each.sound.to(factors[0].sound.device) for each in factors]).tolist()
+        for names, each in zip(groups, factors, strict=True):
+            solved = each.solve(padded([pairs[name][1] for name in names]))
+            for name, one in zip(names, solved, strict=True):
+                if sound.pop(0):
+                    rows, columns = pairs[name][1].shape
+                    found[name] = one[:rows, :columns]
+        groups = [left for names in groups if (left := [name for name in names if name not in found])]
+    if groups:
+        sites = ", ".join(repr(name) for names in groups for name in names)
+        raise ValueError(f"the eigensolver did not converge on a second moment of site {sites}")
+    return found
 
 
-def both_sides(t: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Left (..., m, k) and right vectors (..., n, k) of t (..., m, n), given those of its smaller side."""
-    wide = t.shape[-2] < t.shape[-1]
-    others = (t.mT if wide else t) @ vectors / values.clamp_min(torch.finfo(t.dtype).tiny)[..., None, :]
-    return (vectors, others) if wide else (others, vectors)
+def rounded(n: int) -> int:
+    """Round up to 8, 12, 16, 24, 32, 48, 64 and so on."""
+    power = max(8, 1 << (n - 1).bit_length())
+    return power * 3 // 4 if n <= power * 3 // 4 and power > 8 else power
 
 
-def _top(side: Tensor, most: int, above: float, block: int = 16) -> tuple[Tensor, Tensor] | None:
-    """Largest singular values of side (s, l) and their left vectors, by block Lanczos; None if that would not pay."""
-    s = len(side)
-    if not above and most > s // 32:
-        return None
-    places = torch.arange(s * block, dtype=side.dtype, device=side.device).view(s, block)
-    fresh = torch.linalg.qr(places.square().mul(0.7).cos())[0]
-    basis, projected, before = side.new_zeros(s, 0), side.new_zeros(0, 0), 1.0
-    while basis.shape[1] < s // 3:
-        basis = torch.cat([basis, fresh], 1)
-        image = side @ (side.mT @ fresh)
-        along = basis.mT @ image
-        image = image - basis @ along
-        fresh, rest = torch.linalg.qr(image - basis @ (basis.mT @ image))
-        projected = torch.cat([torch.nn.functional.pad(projected, (0, 0, 0, block)), along], 1).triu()
-        if basis.shape[1] % (4 * block):
-            continue
-        w, vectors = ops.eigh(projected.mT)  # of which the lower triangle counts
-        w, vectors = w.flip(0), vectors.flip(1)
-        residuals = (rest @ vectors[-block:]).norm(dim=0)
-        count = min(most, int((w > above**2).sum()))
-        if count > len(w) // 2:
-            return None
-        others_below = count == most or bool(w[count] + residuals[count] <= above**2)
-        worst = float(residuals[:count].max() / w[0]) if count else 0.0
-        if others_below and worst <= 1e-10:
-            return w[:count].sqrt(), basis @ vectors[:, :count]
-        left = (s // 3 - basis.shape[1]) / (4 * block)
-        if worst * (worst / before) ** left > 1e-10:  # in a bulk of noise it converges too slowly to pay
-            return None
-        before = worst or before
-    return None
+def padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors, filled up with zeros to one size."""
+    if all(each.shape == tensors[0].shape for each in tensors):
+        return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+    shape = [max(sizes) for sizes in zip(*(each.shape for each in tensors), strict=True)]
+    out = tensors[0].new_zeros(len(tensors), *shape)
+    for row, each in zip(out, tensors, strict=True):
+        row[tuple(map(slice, each.shape))] = each
+    return out
 
 
-def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
-    """Largest eigenvalue (..., d) of symmetric operators on the columns of (..., n, d), by steps of Lanczos' method."""
-    basis = start.new_zeros(*start.shape, 0)  # (..., n, d, steps so far)
-    rows: list[Tensor] = []
-    for step in range(steps):
-        length = start.norm(dim=-2, keepdim=True)
-        gone = length <= 1e-13 * (rows[0].abs().sum(-1)[..., None, :] if rows else 0)  # the space is exhausted
-        basis = torch.cat([basis, torch.where(gone, 0, start / torch.where(gone, 1, length))[..., None]], -1)
-        start = apply(basis[..., -1])
-        for again in (False, True):  # twice, or the basis would not stay orthogonal
-            along = torch.einsum("...ndk,...nd->...dk", basis, start)
-            start = start - torch.einsum("...ndk,...dk->...nd", basis, along)
-            if not again:
-                rows.append(torch.nn.functional.pad(along, (0, steps - step - 1)))
-    projected = torch.stack(rows, -2)  # (..., d, steps, steps), of which the lower triangle counts
-    return ops.eigh(projected)[0][..., -1]
+def by_row(each: Callable[[Tensor], Tensor], b: Tensor, offsets: int) -> Tensor:
+    """Apply a map of r rows to those of every offset of b (..., r·offsets, m), which run together."""
+    rows = each(b.unflatten(-2, (-1, offsets)).flatten(-2))
+    return rows.unflatten(-1, (offsets, b.shape[-1])).flatten(-3, -2)
 
 
-def _range(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors of a (..., n, n), at least all that stand above `cut` (...,)."""
-    # Few samples leave a wide moment few directions: a subspace that is a little larger then holds all of them, found
-    # by iterating on it, at a fraction of the cost of a full decomposition.
-    n = a.shape[-1]
-    size = 128
-    while a.shape[:-2].numel() == 1 and 4 * size <= n:
-        places = torch.arange(n * size, dtype=a.dtype, device=a.device).view(n, size)
-        basis, triangle = torch.linalg.qr(a.view(n, n) @ places.square().mul(0.7).cos())
-        size *= 2
-        if triangle.diagonal().abs().min() > cut * n**0.5:  # all of it counts: more does
-            continue
-        for _ in range(2):
-            basis = torch.linalg.qr(a.view(n, n) @ basis)[0]
-        w, vectors = ops.eigh(basis.mT @ (a.view(n, n) @ basis))
-        if w[0] < 0.01 * cut:  # it reaches beyond what counts, so that nothing that does is outside
-            return w.view(*a.shape[:-2], -1), (basis @ vectors).view(*a.shape[:-1], -1)
-    return ops.eigh(a)
+class Whitened:
+    """T = L⁻¹ N M⁻ᵀ for targets N (..., p, r·offsets), whole only where it must be: to apply it costs much less.
 
+    Parameters
+    ----------
+    target : Tensor
+        N.
+    x, v : Factor or None
+        Of the moments of x and v that whiten its sides, L and M; v's acts on the r rows of each offset.
+    offsets : int
+        Columns of N for each output.
+    """
 
-def _extreme_eigenvalues(a: Tensor, lower: Tensor, alive: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
-    """Smallest and largest eigenvalue of a on its `alive` columns, by power iteration with a and with a⁻¹."""
+    def __init__(self, target: Tensor, x: Factor | None = None, v: Factor | None = None, offsets: int = 1) -> None:
+        self._target, self._x, self._v, self._offsets = target, x, v, offsets
+        rows = target.shape[-2] if x is None else x.width
+        columns = target.shape[-1] if v is None else v.width * offsets
+        self.shape = (*target.shape[:-2], rows, columns)
 
-    def inverse(b: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(lower, b, upper=False)  # cholesky_solve copies the factor of a batch
-        return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    @cached_property
+    def matrix(self) -> Tensor:
+        """T itself, of shape `shape`."""
+        t = self._target if self._x is None else self._x.whiten(self._target)
+        if self._v is None:
+            return t
+        rows = t.unflatten(-1, (-1, self._offsets)).transpose(-3, -2)  # (..., r, width, offsets)
+        whitened = self._v.whiten(rows.flatten(-2)).unflatten(-1, rows.shape[-2:])
+        return whitened.transpose(-3, -2).flatten(-2)
 
-    start = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device).mul(2.4).cos()
-    up = down = (start * alive)[..., None]
-    for _ in range(steps):
-        up = a @ up
-        up = up / up.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-        down = inverse(down)
-        down = down / down.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-    high = (up * (a @ up)).sum((-2, -1))
-    low = 1 / (down * inverse(down)).sum((-2, -1))
-    return low, high
+    def times(self, b: Tensor) -> Tensor:
+        """T b for b of a few columns."""
+        if "matrix" in vars(self):
+            return product(self.matrix, b)
+        b = b if self._v is None else by_row(self._v.unwhiten, b, self._offsets)
+        left = product(self._target, b)
+        return left if self._x is None else self._x.whiten(left)
+
+    def back(self, u: Tensor) -> Tensor:
+        """Tᵀ u for u of a few columns."""
+        if "matrix" in vars(self):
+            return product(self.matrix.mT, u)
+        right = product(self._target.mT, u if self._x is None else self._x.unwhiten(u))
+        return right if self._v is None else by_row(self._v.whiten, right, self._offsets)
+
+    def singular(self, most: int, above: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Singular values (..., k), descending, and vectors (..., s, k) of the smaller side s, the right one if equal.
+
+        Parameters
+        ----------
+        most : int
+            How many are wanted at most.
+        above : Tensor or None
+            (...,) size below which none is wanted.
+
+        Returns
+        -------
+        values, vectors : Tensor
+            All of them, or of a wide matrix perhaps only those that are wanted. NaN where the eigenproblem of the
+            Gram side did not converge.
+        """
+        *lead, rows, columns = self.shape
+        alone, narrow = all(n == 1 for n in lead), min(rows, columns)
+        if alone and narrow >= WIDE:
+            start = self._target.new_empty(*lead, narrow, 0)
+            first, second = (self.back, self.times) if rows < columns else (self.times, self.back)
+            found = top_singular(lambda b: second(first(b)), start, most, float(above or 0))
+            if found is not None:
+                return found
+        side = self.matrix if rows < columns else self.matrix.mT  # (..., s, l)
+        w, vectors = ops.eigh(side @ side.mT)
+        return w.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+
+    def both_sides(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Left (..., m, k) and right vectors (..., n, k), given those of the smaller side as `singular` does."""
+        wide = self.shape[-2] < self.shape[-1]
+        others = (self.back if wide else self.times)(vectors)
+        others = others / values.clamp_min(torch.finfo(values.dtype).tiny)[..., None, :]
+        return (vectors, others) if wide else (others, vectors)

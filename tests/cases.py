@@ -31,7 +31,7 @@ class Case(ABC):
 
     op: str
     name: str
-    size: str = "test"  # "test" | "bench"
+    size: str = "test"  # "test" | "bench" | "scaling": one axis of a convolution at a time
     dtypes: tuple[torch.dtype, ...] = SINGLE_DOUBLE
     layout: str = "contiguous"  # | "strided" | "channels_last" | "rows first"
 
@@ -206,6 +206,12 @@ def _bench_conv2d(channels: int, side: int, batch: int) -> list[Case]:
     )
 
 
+def _scaling(axis: str, value: int, **option: Any) -> Case:
+    options: dict[str, Any] = {"batch": 64, "channels": (32, 32, 32), "maps": (16, 16), **option}
+    name = f"{axis} = {value}"
+    return Conv2dCase(op="conv2d_moments", name=name, size="scaling", dtypes=(torch.float32,), **options)
+
+
 CASES: list[Case] = [
     *_linear("1 row", 1, (5, 4, 3)),
     *_linear("33 rows", 33, (63, 33, 1), x_bias=False),
@@ -268,12 +274,39 @@ CASES: list[Case] = [
         for width in (16, 32, 64, 128, 256)
         for case in _linear(f"width {width}", 4096, (width, width, width), size="bench", draws=16)
     ),
+    *_runs("FFN 768 in runs of 16", 8192, 16, (768, 3072, 768), size="bench", dtypes=(torch.float32,), draws=16),
+    *_runs("width 256 in runs of 8", 4096, 8, (256, 256, 256), size="bench", draws=16),
     *_bench_conv2d(8, 32, 256),
     *_bench_conv2d(16, 32, 256),
     *_bench_conv2d(64, 32, 128),
     *_bench_conv2d(128, 16, 128),
     *_bench_conv2d(256, 8, 128),
     *_bench_conv2d(512, 4, 128),
+    *(
+        case
+        for name, producer, consumer in (
+            ("3×3 stride 2 then 3×3", ConvGeometry(3, 2, 1), ConvGeometry(3, 1, 1)),
+            ("3×3 then 3×3 stride 2", ConvGeometry(3, 1, 1), ConvGeometry(3, 2, 1)),
+            ("5×5", ConvGeometry(5, 1, 2), ConvGeometry(5, 1, 2)),
+            ("1×1", ConvGeometry(1), ConvGeometry(1)),
+            ("dilation 2", ConvGeometry(3, 1, 2, 2), ConvGeometry(3, 1, 2, 2)),
+        )
+        for case in _conv2d(
+            f"{name} 32ch 32² B=64",
+            kernels=("full",),
+            size="bench",
+            dtypes=(torch.float32, torch.bfloat16),
+            batch=64,
+            channels=(32, 32, 32),
+            maps=(32, 32),
+            producer=producer,
+            consumer=consumer,
+            draws=16,
+        )
+    ),
+    *(_scaling("images", n, batch=n) for n in (4, 16, 64, 256, 1024)),
+    *(_scaling("channels", n, channels=(n, n, n)) for n in (4, 8, 16, 32, 64, 128)),
+    *(_scaling("side", n, maps=(n, n)) for n in (4, 8, 16, 32, 64)),
     *_matrices("eigh", "1×1", 4, 1, 1),
     *_matrices("eigh", "2×2", 2, 2),
     *_matrices("eigh", "33", 5, 33, 33),
@@ -299,12 +332,15 @@ CASES: list[Case] = [
     *_matrices("svd", "huge", 3, 12, 16, scale=1e15),
     *_matrices("svd", "no columns", 3, 5, 0),
     *_matrices("svd", "no matrices", 0, 5, 4),
+    *_matrices("eigh", "1000×8²", 1000, 8, 8, size="bench"),
     *_matrices("eigh", "1000×16²", 1000, 16, 16, size="bench"),
     *_matrices("eigh", "128×33²", 128, 33, 33, size="bench"),
     *_matrices("eigh", "128×64²", 128, 64, 64, size="bench"),
     *_matrices("eigh", "500×100²", 500, 100, 100, size="bench"),
     *_matrices("eigh", "128×128²", 128, 128, 128, size="bench"),
+    *_matrices("svd", "1000×16×8", 1000, 16, 8, size="bench"),
     *_matrices("svd", "128×64×33", 128, 64, 33, size="bench"),
+    *_matrices("svd", "128×100×64", 128, 100, 64, size="bench"),
 ]
 
 

@@ -94,25 +94,35 @@ class Moments:
     def correlate(self, us, vs, pitches, channels, aligned, out, products, items, signs, block, tf32) -> None:
         sides = (ctypes.c_void_p * 8)(*(each.data_ptr() for each in (*us, *vs)))
         dtypes = (self.DTYPES.index(us[0].dtype), self.DTYPES.index(vs[2].dtype))
-        counts = (signs is not None and signs.shape[1], block, tf32, self.seed)
+        pitch = 0 if signs is None else signs.stride(0)
         library("moments").correlate(
-            sides, integers(pitches), integers(channels), aligned, *dtypes, pointer(out), pointer(products),
-            pointer(items), len(items), pointer(signs), ctypes.c_int64(counts[0]), *map(int, counts[1:]),
+            sides, integers(pitches), integers(channels), aligned, ctypes.c_int64(len(us[0])), *dtypes, pointer(out),
+            pointer(products), pointer(items), len(items), pointer(signs), ctypes.c_int64(pitch),
+            block, int(tf32), self.seed,
         )  # fmt: skip
 
     def reduce(self, workspace, sums, elements) -> None:
         library("moments").reduce(pointer(workspace), pointer(sums), len(sums), elements, self.seed)
 
-    def correlate_group(self, sources, unit, like, out, products, items, block, tf32) -> None:
+    def correlate_group(self, sources, drawn, unit, u, v, out, products, items, block, tf32) -> None:
+        dtypes = (self.DTYPES.index(u.dtype), self.DTYPES.index(v.dtype))
         tables = (pointer(products), pointer(items), len(items))
-        dtype = self.DTYPES.index(like.dtype)
         library("moments").correlate_group(
-            pointer(sources), unit, dtype, pointer(out), *tables, block, tf32, self.seed
-        )  # fmt: skip
+            pointer(sources), pointer(drawn), unit, *dtypes, pointer(out), *tables, block, tf32, self.seed
+        )
 
-    def pack(self, copies, like, programs, pixels, channels) -> None:
+    def pack(self, copies, source, target, programs, pixels, channels) -> None:
         assert (pixels, channels) == (64, 16)
-        library("moments").pack(pointer(copies), len(copies), like.itemsize, programs, self.seed)
+        sizes = (source.itemsize, target.itemsize)
+        library("moments").pack(pointer(copies), len(copies), *sizes, programs, self.seed)
+
+    def combine(self, workspace, sums, signs, drawn, draws, slots, add, elements, draws_at_once) -> None:
+        assert (elements, draws_at_once) == (128, 32)
+        pitch, samples = (0, 0) if signs is None else (signs.stride(0), signs.shape[1])
+        library("moments").combine(
+            pointer(workspace), pointer(sums), len(sums), pointer(signs), ctypes.c_int64(pitch),
+            ctypes.c_int64(samples), pointer(drawn), draws, ctypes.c_int64(slots), int(add), self.seed,
+        )  # fmt: skip
 
     def assemble(self, slots, results, addresses, regions, starts, terms, weights, programs, rows, columns) -> None:
         targets = (ctypes.c_void_p * len(results))(*(each.data_ptr() for each in results))
@@ -122,16 +132,20 @@ class Moments:
             programs, rows, columns, self.seed,
         )  # fmt: skip
 
-    def subtract(self, h, v, pitches, channels, aligned, weight, bias, out, kernel, block, tf32) -> None:
+    def subtract(self, h, v, pitches, whole, channels, aligned, weight, out, kernel, block, tf32) -> None:
         assert weight.is_contiguous()
         rows, columns = v.shape[1:3] if v.ndim == 4 else (1, 1)
         map_rows, map_columns = h.shape[1:3] if h.ndim == 4 else (1, 1)
-        sizes = (len(v) * rows * columns, weight.shape[2], rows, columns, map_rows, map_columns)
+        sizes = (len(v) * rows * columns, weight.shape[1], rows, columns, map_rows, map_columns)
         dtypes = (self.DTYPES.index(h.dtype), self.DTYPES.index(v.dtype))
         library("moments").subtract(
-            pointer(h), pointer(v), integers(pitches), ctypes.c_int64(channels), aligned, *dtypes,
-            pointer(weight), pointer(bias), pointer(out), integers(sizes), integers(kernel), block, tf32, self.seed,
+            pointer(h), pointer(v), integers(pitches), ctypes.c_int64(whole), ctypes.c_int64(channels), aligned,
+            *dtypes, pointer(weight), pointer(out), integers(sizes), integers(kernel), block, tf32, self.seed,
         )  # fmt: skip
+
+    def subtract_group(self, sites, programs, like, unit, block, tf32) -> None:
+        dtype = self.DTYPES.index(like.dtype)
+        library("moments").subtract_group(pointer(sites), len(sites), programs, dtype, unit, block, tf32, self.seed)
 
 
 def integers(numbers) -> ctypes.Array:

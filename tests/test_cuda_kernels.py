@@ -14,7 +14,7 @@ from test_ops_jacobi import TOLERANCES, assert_decomposes, assert_factors, asser
 
 from growkern import ops
 from growkern.backend import use_backend
-from growkern.ops.moments import gpu
+from growkern.ops.moments import group
 
 SINGLE_DOUBLE = (torch.float32, torch.float64)
 SEEDS = (0, 1, 2)
@@ -208,7 +208,7 @@ def test_rank_deficient_factors_are_orthonormal():
 # Moments -------------------------------------------------------------------------------------------------
 
 MOMENTS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
-GROUPED = "grouped_moments"
+GROUPED = ("grouped_moments", "grouped_residuals")
 # Tiles of every size, aligned or not, several of them, and positions that are split.
 LARGE = [
     LinearCase(op="linear_moments", name="one tile", rows=600, widths=(64, 64, 64)),
@@ -229,9 +229,9 @@ LARGE = [
 @pytest.fixture
 def moments(monkeypatch):
     """growkern.ops.moments.cuda over the emulation; call it with a seed to change the order of threads."""
-    emulation.on_cpu(monkeypatch, *MOMENTS, GROUPED)
+    emulation.on_cpu(monkeypatch, *MOMENTS, *GROUPED)
     engine = importlib.import_module("growkern.ops.moments.cuda")
-    gpu.serve(engine, "cuda")
+    group.serve(engine, "cuda")
 
     def use(seed):
         monkeypatch.setattr(engine, "native", emulation.Moments(seed))
@@ -326,6 +326,40 @@ def test_many_sites_at_once(dtype):
         expected = ops.moments.grouped_moments(exact)
     for six, right in zip(out, expected, strict=True):
         assert all(error(one, other) <= MOMENT_TOLERANCES[dtype] for one, other in zip(six, right, strict=True))
+
+
+@pytest.mark.usefixtures("moments")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_residuals_of_many_sites_at_once(dtype):
+    """More positions to an image than draws, or fewer; no draws; a float64 update; a consumer of the whole map."""
+    whole = {"consumer": ops.ConvGeometry((7, 6)), "kernel": "full"}
+    chosen = [
+        LinearCase(op="linear_residual", name="", rows=40, widths=(20, 9, 6)),
+        LinearCase(op="linear_residual", name="", rows=41, widths=(5, 4, 18), rows_per_sign=9),
+        LinearCase(op="linear_residual", name="", rows=10, widths=(5, 4, 18), rows_per_sign=3),
+        LinearCase(op="linear_residual", name="", rows=33, widths=(64, 40, 17), x_bias=False, draws=0),
+        Conv2dCase(op="conv2d_residual", name="", channels=(3, 5, 4)),
+        Conv2dCase(op="conv2d_residual", name="", channels=(24, 8, 16), layout="channels_last", kernel="center"),
+        Conv2dCase(op="conv2d_residual", name="", h_bias=False, draws=40),
+        Conv2dCase(op="conv2d_residual", name="", **whole),
+    ]
+    calls = []
+    for case in chosen:
+        (x, h, v, update), named = case.arguments(dtype)
+        drawn = named.pop("signs"), named.pop("rows_per_sign", 1)
+        update = update.double() if case is chosen[-1] else update
+        calls.append(ops.moments.Residual(ops.moments.Call(x, h, v, **named), update, *drawn))
+    with use_backend("cuda"):
+        out = ops.moments.grouped_residuals(calls)
+    with use_backend("reference"):
+        doubled = [call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double()) for call, *_ in calls]
+        exact = [
+            each._replace(call=call, update=each.update.double(), signs=each.signs.double())
+            for each, call in zip(calls, doubled, strict=True)
+        ]
+        expected = ops.moments.grouped_residuals(exact)
+    for three, right in zip(out, expected, strict=True):
+        assert all(error(one, other) <= MOMENT_TOLERANCES[dtype] for one, other in zip(three, right, strict=True))
 
 
 @pytest.mark.usefixtures("moments")

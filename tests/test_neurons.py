@@ -9,8 +9,8 @@ from regressions import conv_net, images, least_squares, measure, mlp, regressio
 from torch import nn
 
 import growkern as gk
-from growkern import ops
-from growkern.whitening import both_sides, factor, singular
+from growkern import ops, whitening
+from growkern.whitening import Factor, Whitened
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_neurons_remove_sum_of_squares_of_the_brute_force_bottleneck(problem, co
 def test_cholesky_and_eigh_whitening_agree(problem, monkeypatch):
     *_, m = problem
     by_cholesky = gk.solve(m, neurons=3)
-    assert factor(m.xx)._lower is not None
+    assert Factor(m.xx)._lower is not None
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: (a, torch.ones((), dtype=torch.int32)))
-    assert factor(m.xx)._lower is None
+    assert Factor(m.xx)._lower is None
     by_eigh = gk.solve(m, neurons=3)
     for name in ("alpha", "omega", "singular_values", "best_update"):
         torch.testing.assert_close(getattr(by_eigh, name), getattr(by_cholesky, name), rtol=1e-9, atol=1e-11)
@@ -173,7 +173,7 @@ def test_wide_moments_of_few_samples_have_the_factor_of_all_their_eigenvectors(r
     g = torch.Generator().manual_seed(0)
     x = torch.randn(rank, 600, generator=g, dtype=torch.float64) * torch.logspace(0, -2, rank)[:, None]
     target = torch.randn(rank, 3, generator=g, dtype=torch.float64)
-    found = factor(x.mT @ x)
+    found = Factor(x.mT @ x)
     assert found._lower is None
     assert found.rank == rank
     # As many features as that fit any target of the samples exactly.
@@ -187,14 +187,61 @@ def test_few_singular_values_of_wide_matrices_are_those_of_all(rows, columns, mo
     g = torch.Generator().manual_seed(0)
     t = torch.randn(rows, columns, generator=g, dtype=torch.float64) / 60  # the bulk ends at 0.84
     t[:4, :4] += torch.diag(torch.tensor([8.0, 6.0, 6.0, 4.0]))
-    values, vectors = singular(t[None], most, None if above is None else torch.tensor([above]))
+    whitened = Whitened(t[None])
+    values, vectors = whitened.singular(most, None if above is None else torch.tensor([above]))
     few = (most, above) in ((3, None), (560, 1.5), (560, 9.0))
     assert (values.shape[1] < 560) == few
     u, s, vh = torch.linalg.svd(t, full_matrices=False)
     wanted = {(3, None): 3, (5, None): 5, (560, 1.5): 4, (560, 9.0): 0, (560, 0.5): 300}[most, above]
     assert ((values[0, :wanted] - s[:wanted]).abs() <= 1e-12 * s[0]).all()
-    left, right = both_sides(t[None], values[:, :wanted], vectors[..., :wanted])
+    left, right = whitened.both_sides(values[:, :wanted], vectors[..., :wanted])
     assert (left[0] * s[:wanted] @ right[0].mT - u[:, :wanted] * s[:wanted] @ vh[:wanted]).norm() < 1e-9
+
+
+def test_least_squares_of_many_sites_are_those_of_each(monkeypatch):
+    """Of one size or several, with and without full rank; and a site whose moment defeats the eigensolver is named."""
+    g = torch.Generator().manual_seed(0)
+    sizes = {"a": (20, 5, 3), "b": (20, 6, 2), "c": (9, 300, 4), "d": (4, 6, 3), "e": (40, 6, 3)}
+    pairs, expected = {}, {}
+    for name, (rows, n, m) in sizes.items():
+        x, y = (torch.randn(rows, k, generator=g, dtype=torch.float64) for k in (n, m))
+        pairs[name] = x.mT @ x, x.mT @ y
+        expected[name] = x, x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
+    found = whitening.least_squares(pairs)
+    assert found.keys() == sizes.keys()
+    for name, (x, fitted) in expected.items():
+        torch.testing.assert_close(x @ found[name], fitted, rtol=1e-7, atol=1e-8)
+    assert whitening.least_squares({}) == {}
+
+    def diverging(a):
+        return a.new_full(a.shape[:-1], torch.nan), a.new_full(a.shape, torch.nan)
+
+    monkeypatch.setattr(gk.ops, "eigh", diverging)
+    with pytest.raises(ValueError, match="did not converge on a second moment of site 'd'"):
+        whitening.least_squares({name: pairs[name] for name in ("a", "d")})
+
+
+@pytest.mark.parametrize("by_eigenvectors", [False, True])
+@pytest.mark.parametrize("lead", [(), (1,), (2,)])
+def test_whitened_targets_are_applied_as_they_are(lead, by_eigenvectors):
+    """T b and Tᵀ u without T are those with it, and T is L⁻¹ N M⁻ᵀ on the rows of every offset."""
+    g = torch.Generator().manual_seed(0)
+    offsets, p, r = 3, 7, 5
+
+    def moment(n: int) -> torch.Tensor:
+        a = torch.randn(*lead, n, n - by_eigenvectors, generator=g, dtype=torch.float64)
+        return a @ a.mT + (0 if by_eigenvectors else torch.eye(n, dtype=torch.float64))
+
+    x, v = (Factor(moment(n), by_eigenvectors=by_eigenvectors) for n in (p, r))
+    target = torch.randn(*lead, p, r * offsets, generator=g, dtype=torch.float64)
+    t = Whitened(target, x, v, offsets)
+    b, u = (torch.randn(*lead, n, 2, generator=g, dtype=torch.float64) for n in (t.shape[-1], t.shape[-2]))
+    apart = t.times(b), t.back(u)
+    assert t.matrix.shape == t.shape
+    parts = [v.whiten(x.whiten(target[..., k::offsets]).mT).mT for k in range(offsets)]
+    torch.testing.assert_close(t.matrix, torch.stack(parts, -1).flatten(-2))
+    for found, expected in zip((*apart, t.times(b), t.back(u)), (t.matrix @ b, t.matrix.mT @ u) * 2, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -75,3 +75,20 @@ def test_fisher_singular_values_are_canonical_correlations():
     torch.testing.assert_close(
         gk.solve(scaled, method="fisher", neurons=4).singular_values, expected, rtol=1e-8, atol=0
     )
+
+
+def test_fisher_on_a_wide_moment_of_few_directions():
+    """600 outputs and 100 samples: vv has 100 directions, and its factor as many columns, give or take."""
+    torch.manual_seed(0)
+    model, x, target = mlp(p=12, q=5, r=600).double(), torch.randn(100, 12).double(), torch.randn(100, 600).double()
+    m = measure(model, x, target)
+    assert torch.linalg.matrix_rank(m.vv) <= 100
+    new = gk.solve(m, method="fisher", neurons=3)
+    w, q = torch.linalg.eigh(m.vv)
+    root = q * w.clamp_min(0).where(w > 1e-10 * w[-1], torch.zeros(())).pow(-0.5).nan_to_num(posinf=0) @ q.mT
+    t = torch.linalg.solve_triangular(torch.linalg.cholesky(m.xx), m.xr, upper=False) @ root
+    expected = torch.linalg.svdvals(t)
+    torch.testing.assert_close(new.singular_values, expected[:3], rtol=1e-8, atol=0)
+    auto = gk.solve(measure(model, x, target, null_draws=4), method="fisher", neurons="auto")
+    assert auto.noise is not None
+    assert 0 < auto.noise < 10 * expected[0]

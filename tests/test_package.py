@@ -22,6 +22,11 @@ def test_importing_adds_less_than_a_third_of_a_second_to_torch():
     assert seconds(("import torch", "import growkern")) < 0.3
 
 
+def test_importing_asks_for_no_gpu():
+    asked = "import torch; torch.cuda.is_available = torch.cuda.device_count = None; import growkern"
+    subprocess.run([sys.executable, "-c", asked], check=True)
+
+
 def test_public_names_exist_and_are_documented():
     for name in growkern.__all__:
         assert getattr(growkern, name).__doc__, name
@@ -37,7 +42,9 @@ def test_the_method_is_five_short_files():
 
 
 def test_files_import_only_what_stands_above_them():
-    order = "backend ops distributed storage arguments eval_mode whitening between trace sites probe passes moments"
+    order = (
+        "backend ops distributed storage arguments eval_mode spectra whitening between trace sites probe passes moments"
+    )
     order = [*order.split(), "stacks", "chance", "neurons", "surgery", "grower", "look", "widen"]
     assert {p.stem for p in ROOT.glob("*.py")} == {*order, "__init__"} - {"ops"}
     for path in ROOT.glob("*.py"):

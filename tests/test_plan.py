@@ -1,6 +1,7 @@
 """The plan of the GPU kernels, carried out by einsum, against the reference; and what it saves."""
 
 import collections
+import math
 import types
 
 import pytest
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from growkern.backend import use_backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call, gpu, triton
+from growkern.ops.moments import Call, Residual, gpu, group, triton
 from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan, linear_plan
 from growkern.ops.moments.rows import is_far, read_by
-from growkern.ops.moments.schedule import Tiles, schedule
+from growkern.ops.moments.schedule import Tiles, bucket, schedule
 
 
 def carried_out(plan: Plan, maps: list[Tensor]) -> list[Tensor]:
@@ -86,25 +87,31 @@ def test_taps_at_the_same_distance_share_their_correlation():
 
 
 @pytest.mark.parametrize("tiles", [Tiles(32, 32, 32), Tiles(64, 16, 32)])
-@pytest.mark.parametrize(("images", "draws", "per_image"), [((50,), 1, False), ((50, 7), 3, False), ((5,), 1, True)])
+@pytest.mark.parametrize(
+    ("images", "draws", "runs"), [((50,), 1, None), ((50, 7), 3, None), ((5,), 2, (1,)), ((50, 7), 3, (1, 3))]
+)
 @pytest.mark.parametrize("processors", [1, 132])
-def test_a_schedule_covers_every_position_of_every_tile_once(images, draws, per_image, processors, tiles):
+def test_a_schedule_covers_every_position_of_every_tile_once(images, draws, runs, processors, tiles):
     same = ConvGeometry(3, 1, 1)
     plan = conv2d_plan((40, 20, 70), ((9, 8),) * 3, same, same, False, True, True)
     plans = (plan, linear_plan((33, 3, 17), True, False))[: len(images)]
-    table = schedule(plans, images, draws, per_image, tiles, processors, 2**40, torch.device("cpu"))
+    table = schedule(plans, images, draws, runs, tiles, processors, 2**40, torch.device("cpu"))
     items_of = collections.defaultdict(list)
     for number, *item in table.items.tolist():
         items_of[number].append(tuple(item))
     products = [
-        (each, number, n) for each, n in zip(plans, images, strict=True) for number in range(len(each.products))
+        (each, number, n, run)
+        for each, n, run in zip(plans, images, runs or (None,) * len(plans), strict=True)
+        for number in range(len(each.products))
     ]
     written = []
-    for number, (owner, local, n) in enumerate(products * draws):
+    for number, (owner, local, n, run) in enumerate(products * (1 if runs else draws)):
         product, (u, v) = owner.products[local], owner.extent(local)
         row = table.products[number].tolist()
-        positions, length, target, stride, draw, symmetric = *row[6:10], *row[18:]
-        assert positions == n * product.rows.length * product.columns.length
+        length, target, stride, draw, symmetric = *row[6:9], *row[17:19]
+        area = product.rows.length * product.columns.length
+        positions = n * area
+        assert run is None or length == run * area
         assert draw == number // len(products)
         splits = -(-positions // length)
         grid = {
@@ -119,9 +126,12 @@ def test_a_schedule_covers_every_position_of_every_tile_once(images, draws, per_
         assert set(items_of[number]) == grid
         written += [(target + split * stride, u * v) for split in range(splits)]
     # Sums of different splits, products and draws never meet, and leave no gap.
-    end = 0
-    slots = sorted(written + ([] if per_image else [(row[1], row[2]) for row in table.sums.tolist() if not row[4]]))
-    for start, size in slots:
+    end, first_of_second = 0, sum(math.prod(plan.extent(number)) for number in range(len(plan.products)))
+    for _, target, size, _, chunk, owner in table.sums.tolist():
+        if not chunk:
+            written += [(target + draw * table.slots, size) for draw in range(draws if runs else 1)]
+            assert (target % table.slots >= first_of_second) == bool(owner)
+    for start, size in sorted(written):
         assert start == end
         end += size
     assert end == table.elements
@@ -133,10 +143,42 @@ def test_a_consumer_of_the_whole_map_has_one_product_of_its_patches():
     assert len(plan.products) < 2 * 256 + 10  # x at every pixel with v, and no pairs of pixels
 
 
+def test_batches_of_about_one_size_share_their_tables():
+    sizes = [bucket(images) for images in range(1, 5000)]
+    assert all(images <= size <= 1 + images * 17 / 16 for images, size in enumerate(sizes, 1))
+    assert sizes[:32] == list(range(1, 33))
+    assert len({bucket(images) for images in range(3900, 4100)}) == 3
+
+
+class NoKernels:
+    """An engine of which every kernel does nothing."""
+
+    tiles, subtract_tile = staticmethod(triton.tiles), staticmethod(triton.subtract_tile)
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+def test_a_batch_a_little_longer_makes_no_tables_anew():
+    engine = NoKernels()
+    for rows, made in ((4000, True), (3969, False), (4096, False), (4097, True)):
+        x, h, v = (torch.empty(rows, width) for width in (31, 33, 17))
+        calls = [Call(x, h, v), Call(h, v, x, x_bias=True)]
+        residuals = [Residual(call, torch.empty(call.v.shape[1], call.h.shape[1])) for call in calls]
+        for run in (
+            lambda: gpu.moments(engine, calls[0]),  # noqa: B023
+            lambda: group.grouped_moments(engine, calls),  # noqa: B023
+            lambda: group.grouped_residuals(engine, residuals),  # noqa: B023
+        ):
+            before = schedule.cache_info().misses
+            run()
+            assert schedule.cache_info().misses == before + made
+
+
 def test_partial_sums_stay_within_their_share_of_memory():
     plan = conv2d_plan((64, 64, 64), ((1, 1),) * 3, ConvGeometry(1), ConvGeometry(1), False, True, True)
-    many = schedule((plan,), (10**6,), 1, False, Tiles(64, 64, 32), 132, 2**40, torch.device("cpu"))
-    few = schedule((plan,), (10**6,), 1, False, Tiles(64, 64, 32), 132, 2**18, torch.device("cpu"))
+    many = schedule((plan,), (10**6,), 1, None, Tiles(64, 64, 32), 132, 2**40, torch.device("cpu"))
+    few = schedule((plan,), (10**6,), 1, None, Tiles(64, 64, 32), 132, 2**18, torch.device("cpu"))
     assert few.elements - few.slots <= 2**18 < many.elements - many.slots
 
 
@@ -148,10 +190,10 @@ def test_copies_and_workspace_stay_below_one_and_a_half_times_inputs_and_results
     launches = {name: lambda *arguments: None for name in ("reduce", "assemble")}
     launches["correlate"] = lambda us, vs, out, *rest: workspaces.append((us, out))
     engine = types.SimpleNamespace(tiles=triton.tiles, **launches)
-    monkeypatch.setattr(gpu, "_processors", lambda device: 132)
+    monkeypatch.setattr(gpu, "processors_of", lambda device: 132)
     (x, h, v), named = case.arguments(torch.float32, device="meta")
     call = Call(x, h, v, **named, precision=precision)
-    results = call.alone(engine)
+    results = gpu.moments(engine, call)
     ((sides, workspace),) = workspaces
     copies = sum(side.data.nbytes for side, tensor in zip(sides, (x, h, v), strict=False) if tensor.ndim == 4)
     own = sum(tensor.nbytes for tensor in (x, h, v, *results))

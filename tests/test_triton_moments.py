@@ -1,5 +1,6 @@
 """The Triton kernels of the moments where there is no GPU: interpreted on the CPU, and compiled for others."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -13,7 +14,7 @@ from cases import TOLERANCES, cases, error, to_double
 
 from growkern.backend import INTERPRETED, use_backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call, gpu, grouped_moments, schedule
+from growkern.ops.moments import Call, Residual, gpu, grouped_moments, grouped_residuals, schedule
 from growkern.ops.moments.schedule import Tiles
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +54,8 @@ def test_the_cases_of_the_table_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_the_kernels_compile_without_spills_and_with_matrix_instructions():
-    """bench/triton_compiled.py fails on a kernel that spills, takes too much shared memory or multiplies by hand."""
-    rows = python("bench/triton_compiled.py", "--only", "64ch 32² B=128-full", "width 32").splitlines()
+    """bench/compiled.py fails on a kernel that spills, takes too much shared memory or multiplies by hand."""
+    rows = python("bench/compiled.py", "--only", "64ch 32² B=128-full", "width 32").splitlines()
     kernels = {tuple(row.split()[:2]) for row in rows}
     targets, names = ("sm_80", "sm_90", "sm_100", "gfx942"), ("correlate", "assemble", "reduce", "subtract", "pack")
     assert kernels == {(k, t) for k in names for t in targets}
@@ -83,7 +84,7 @@ def many_splits(monkeypatch):
     """Splits of 32 positions at least, as many as 50 programs call for."""
     schedule.schedule.cache_clear()
     monkeypatch.setattr(schedule, "SHORTEST", 32)
-    monkeypatch.setattr(gpu, "_processors", lambda device: 50)
+    monkeypatch.setattr(gpu, "processors_of", lambda device: 50)
     yield
     schedule.schedule.cache_clear()
 
@@ -118,6 +119,43 @@ def test_interpreted_tiles_need_not_be_square(case, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("op", "shifts", "name"),
+    [
+        ("conv2d_residual", 2, "3×3-center"),
+        ("conv2d_residual", 4, "5×5-full"),
+        ("conv2d_moments", 4, "3×3 no bias-full"),
+    ],
+)
+def test_interpreted_shifts_may_share_a_tile_of_u(op, shifts, name, monkeypatch, many_splits):
+    from growkern.ops.moments import triton
+
+    case = next(case for case in cases(op) if case.name == name)
+    monkeypatch.setattr(triton, "tiles", lambda *arguments: Tiles(16, 16, 32, 1, shifts=shifts))
+    launches = []
+    kernel = importlib.import_module("growkern.ops.moments._triton").correlate_kernel
+    monkeypatch.setattr("growkern.ops.moments._triton.correlate_kernel", Counted(kernel, launches))
+    for one, right in zip(run(case), expected(case), strict=True):
+        assert error(one, right) <= TOLERANCES[torch.float32]
+    assert len(launches) == 2  # of several shifts, and of what is left
+
+
+@interpreted
+def test_interpreted_narrow_sides_have_tiles_of_their_own(monkeypatch):
+    from growkern.ops.moments import triton
+
+    case = next(case for case in cases("conv2d_moments") if case.name == "1×1-center")
+    case = replace(case, channels=(3, 40, 33))
+    monkeypatch.setattr(triton, "tiles", lambda *arguments: Tiles(32, 32, 32, 4))
+    launches = []
+    kernel = importlib.import_module("growkern.ops.moments._triton").correlate_kernel
+    monkeypatch.setattr("growkern.ops.moments._triton.correlate_kernel", Counted(kernel, launches))
+    for one, right in zip(run(case), expected(case), strict=True):
+        assert error(one, right) <= TOLERANCES[torch.float32]
+    assert len(launches) > 1
+
+
+@interpreted
 @pytest.mark.parametrize("case", SAMPLES[::2], ids=str)
 def test_interpreted_tf32_is_the_same_sum(case):
     """The interpreter multiplies in float32 whatever it is asked for, so only the way of the data differs."""
@@ -126,10 +164,11 @@ def test_interpreted_tf32_is_the_same_sum(case):
 
 
 @interpreted
-def test_interpreted_images_in_chunks_add_up(monkeypatch):
-    case = next(case for case in cases("conv2d_residual") if case.name == "1×1-center")
+@pytest.mark.parametrize("name", ["1×1-center", "runs"])
+def test_interpreted_images_and_runs_in_chunks_add_up(name, monkeypatch):
+    case = next(case for case in cases("conv2d_residual", "linear_residual") if case.name == name)
     whole = run(case)
-    monkeypatch.setattr(gpu, "PER_IMAGE_BYTES", 1)
+    monkeypatch.setattr(gpu, "APART_BYTES", 1)
     for one, other in zip(whole, run(case), strict=True):
         assert error(one, other.double()) <= TOLERANCES[torch.float32]
 
@@ -146,28 +185,70 @@ def test_interpreted_sites_of_a_group_get_what_they_get_alone(dtype):
     for case in chosen:
         (x, h, v), named = case.arguments(dtype, seed=3)
         calls.append(Call(x, h, v, **named))
-    double = [call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double()) for call in calls]
     with use_backend("triton"):
         out = grouped_moments(calls)
     with use_backend("reference"):
-        right = grouped_moments(double)
+        right = grouped_moments([double(call) for call in calls])
     for case, sums, expected_sums in zip(chosen, out, right, strict=True):
         for one, other in zip(sums, expected_sums, strict=True):
             assert error(one, other) <= TOLERANCES[dtype], case
 
 
+def residual_calls(dtype):
+    """Residuals with more positions to an image, or rows to a sign, than draws and with fewer; none; whole maps."""
+    names = ("strided", "1×1-full", "1×1-center", "no images-full", "whole map-full", "strided runs", "runs")
+    names += ("a run beyond the rows", "no draws")
+    chosen = [case for case in cases("linear_residual", "conv2d_residual") if case.name in names]
+    assert len(chosen) == len(names)
+    few = next(case for case in chosen if case.name == "1×1-full")
+    chosen.append(replace(few, name="", layout="channels_last", channels=(8, 16, 40), maps=(2, 1), draws=5))
+    chosen.append(replace(few, name="", h_bias=False, kernel="center", draws=40))
+    calls = []
+    for case in chosen:
+        (x, h, v, update), named = case.arguments(dtype, seed=4)
+        signs, run = named.pop("signs"), named.pop("rows_per_sign", 1)
+        if case.name == "strided":
+            update, signs = update.double(), signs.double().mT.contiguous().mT
+        calls.append(Residual(Call(x, h, v, **named), update, signs, run))
+    return calls
+
+
+def double(call):
+    if isinstance(call, Residual):
+        return Residual(double(call.call), call.update.double(), call.signs.double(), call.rows_per_sign)
+    return call._replace(x=call.x.double(), h=call.h.double(), v=call.v.double())
+
+
 @interpreted
-def test_interpreted_groups_take_a_handful_of_launches(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreted_residuals_of_a_group_get_what_they_get_alone(dtype):
+    calls = residual_calls(dtype)
+    with use_backend("reference"):
+        right = grouped_residuals([double(call) for call in calls])
+    with use_backend("triton"):
+        out = grouped_residuals(calls)
+    for sums, expected_sums in zip(out, right, strict=True):
+        for one, other in zip(sums, expected_sums, strict=True):
+            assert error(one, other) <= TOLERANCES[dtype]
+
+
+@interpreted
+@pytest.mark.parametrize(("draws", "most"), [(None, 4), (0, 6), (3, 6), (5, 7)])
+def test_interpreted_groups_take_a_handful_of_launches(draws, most, monkeypatch):
     from growkern.ops.moments import _triton
 
     launches = []
-    for name in ("pack_kernel", "correlate_kernel", "reduce_kernel", "assemble_kernel"):
-        kernel = getattr(_triton, name)
-        monkeypatch.setattr(_triton, name, Counted(kernel, launches))
-    calls = [Call(*torch.randn(3, 20, 8, 1, 1).unbind(), ConvGeometry(1), ConvGeometry(1)) for _ in range(20)]
+    for name in ("pack", "subtract_group", "correlate", "reduce", "combine", "assemble"):
+        kernel = getattr(_triton, f"{name}_kernel")
+        monkeypatch.setattr(_triton, f"{name}_kernel", Counted(kernel, launches))
+    calls = [Call(*torch.randn(3, 20, 8, 1, 5).unbind(), ConvGeometry(1), ConvGeometry(1)) for _ in range(3)]
     with use_backend("triton"):
-        grouped_moments(calls)
-    assert len(launches) <= 4
+        if draws is None:
+            grouped_moments(calls)
+        else:
+            signs = torch.ones(draws, 20) if draws else None
+            grouped_residuals([Residual(call, torch.zeros(8, 8), signs) for call in calls])
+    assert 3 <= len(launches) <= most
 
 
 class Counted:

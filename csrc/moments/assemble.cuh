@@ -1,15 +1,19 @@
-// Splits added up in a fixed order, and results put together from the sums of products. Free of torch.
+// Splits added up in a fixed order, as they are or under signs, and results put together from the sums of products.
+// Free of torch.
 #pragma once
 
 #include <cstdint>
 
+#include "tile.cuh"
+
 namespace growkern {
 
 constexpr int kAssembleThreads = 256;
+constexpr int kCombineElements = 128, kCombineDraws = 32;  // of a block
 
 // As growkern/ops/moments/schedule.py lays them out.
 struct SplitSum {
-  int64_t source, target, size, splits, chunk;
+  int64_t source, target, size, splits, chunk, site;
 };
 
 struct Region {
@@ -29,6 +33,60 @@ __device__ inline void reduce_block(float* buffer, const SplitSum* sums, int ele
 #pragma unroll 8
     for (int64_t split = 0; split < sum.splits; ++split) total += buffer[sum.source + split * sum.size + i];
     buffer[sum.target + i] = total;
+  }
+}
+
+struct Combination {
+  float* buffer;
+  const SplitSum* sums;
+  const float* signs;  // (draws − 1, pitch); draw 0 is of ones
+  int64_t pitch, samples;
+  const Signs* drawn;  // instead, one for each site, if there are any
+  int draws;
+  int64_t slots;  // from the sums of one draw to those of the next
+  bool add;       // to what is there
+};
+
+constexpr int kCombineSplits = 32, kCombineLd = kCombineDraws + 4;  // held in shared memory at once
+constexpr int kCombineShared = kCombineSplits * kCombineLd * int(sizeof(float));
+
+// One chunk of a product by one block: every thread has one element and half of the draws.
+__device__ inline void combine_block(const Combination& task, float* shared) {
+  constexpr int mine = kCombineDraws / (kAssembleThreads / kCombineElements);
+  const SplitSum sum = task.sums[blockIdx.x];
+  const float* signs = task.signs;
+  int64_t pitch = task.pitch, samples = task.samples;
+  if (task.drawn) {
+    const Signs& of_site = task.drawn[sum.site];
+    signs = reinterpret_cast<const float*>(of_site.address), pitch = of_site.pitch, samples = of_site.count;
+  }
+  const int first_draw = blockIdx.y * kCombineDraws, half = threadIdx.x / kCombineElements * mine;
+  const int64_t element = sum.chunk * kCombineElements + threadIdx.x % kCombineElements;
+  float total[mine] = {};
+  for (int64_t start = 0; start < samples; start += kCombineSplits) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kCombineSplits * kCombineDraws; i += kAssembleThreads) {
+      const int draw = first_draw + i / kCombineSplits;
+      const int64_t split = start + i % kCombineSplits;
+      const bool drawn = draw > 0 && draw < task.draws && split < samples;
+      shared[i % kCombineSplits * kCombineLd + i / kCombineSplits] = drawn ? signs[(draw - 1) * pitch + split] : 1.0f;
+    }
+    __syncthreads();
+    float part[mine] = {};
+    for (int split = 0; split < kCombineSplits; ++split) {
+      const bool live = start + split < samples && element < sum.size;
+      const float value = live ? task.buffer[sum.source + (start + split) * sum.size + element] : 0;
+#pragma unroll
+      for (int i = 0; i < mine; ++i) part[i] += shared[split * kCombineLd + half + i] * value;
+    }
+#pragma unroll
+    for (int i = 0; i < mine; ++i) total[i] += part[i];
+  }
+  if (element >= sum.size) return;
+#pragma unroll
+  for (int i = 0; i < mine; ++i) {
+    const int64_t draw = first_draw + half + i, target = sum.target + draw * task.slots + element;
+    if (draw < task.draws) task.buffer[target] = total[i] + (task.add ? task.buffer[target] : 0);
   }
 }
 

@@ -9,9 +9,10 @@ namespace growkern {
 
 // As growkern/ops/moments/schedule.py lays them out.
 struct Product {
-  int64_t u, v, rows, columns, area, width, positions, length, target, stride;
+  int64_t u, v, rows, columns, area, width, length, target, stride;
   int64_t u_base, u_row, u_column, u_pixels, v_base, v_row, v_column, v_pixels;
   int64_t draw, symmetric;
+  int64_t first_column, columns_of_v, distance;  // for several shifts at once, which the kernels here do not take
 };
 
 struct Item {
@@ -20,20 +21,24 @@ struct Item {
 
 // A side in memory, for many of them; pitch and channels in units that the call names.
 struct Source {
-  int64_t address, pitch, channels;
+  int64_t address, pitch, channels, images;
 };
 
 struct Correlation {
   Side u[4], v[4];
-  const Source* sources;  // instead of u and v, if there are any
+  int64_t images;
+  const Source* sources;  // instead of u, v and images, if there are any: four for each site
+  const Signs* drawn;     // likewise instead of signs, one for each site
   int unit;
   Dtype u_dtype, v_dtype;
   bool aligned;  // every row starts and ends at a multiple of 16 bytes
   float* out;
   const Product* products;
   const Item* items;
-  const float* signs;  // (draws, samples), or none; they multiply v
-  int64_t samples;
+  const float* signs;  // (draws − 1, pitch), or none; they multiply v. Draw 0 is of ones.
+  int64_t pitch;
+
+  __device__ __host__ bool is_signed() const { return signs || drawn; }
 };
 
 template <class Math, int BLOCK>
@@ -72,14 +77,22 @@ struct Correlate {
   __device__ Correlate(const Correlation& task_, unsigned char* memory)
       : task(task_), shared(*reinterpret_cast<Shared*>(memory)), item(task.items[blockIdx.x]),
         product(task.products[item.product]), u(pick(task, task.u, product.u)), v(pick(task, task.v, product.v)),
-        first(item.split * product.length), last(min(product.positions, first + product.length)) {}
+        first(item.split * product.length), last(min(images() * product.area, first + product.length)) {}
+
+  __device__ int64_t images() const { return task.sources ? task.sources[product.u].images : task.images; }
+
+  __device__ float sign(int64_t image) const {
+    if (!task.drawn) return task.signs[(product.draw - 1) * task.pitch + image];
+    const Signs& of_site = task.drawn[product.u / 4];
+    return reinterpret_cast<const float*>(of_site.address)[(product.draw - 1) * of_site.pitch + image];
+  }
 
   // Position k is (image, row, column); one division for all channels of a row.
   __device__ void locate(int64_t start, int stage) {
     for (int i = threadIdx.x; i < depth; i += Grid::threads) {
       const int64_t k = start + i;
       int64_t image = 0, y = 0, x = 0;
-      if (product.positions < (int64_t(1) << 31)) {
+      if (last < (int64_t(1) << 31)) {
         const auto area = static_cast<uint32_t>(product.area), width = static_cast<uint32_t>(product.width);
         const uint32_t number = static_cast<uint32_t>(k) / area, rest = static_cast<uint32_t>(k) % area;
         image = number, y = rest / width, x = rest % width;
@@ -90,7 +103,7 @@ struct Correlate {
       const int64_t v_pixel = product.v_base + image * product.v_pixels + y * product.v_row + x * product.v_column;
       shared.elements[stage][0][i] = k < last ? u_pixel * u.pitch : -1;
       shared.elements[stage][1][i] = k < last ? v_pixel * v.pitch : -1;
-      if (task.signs) shared.signs[stage][i] = k < last ? task.signs[product.draw * task.samples + image] : 0;
+      if (task.is_signed()) shared.signs[stage][i] = k < last && product.draw ? sign(image) : 1.0f;
     }
   }
 
@@ -109,7 +122,7 @@ struct Correlate {
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
       const int at = (row + part * rows_at_once) * Grid::ld + channel;
-      const float sign = task.signs ? shared.signs[stage][row + part * rows_at_once] : 1.0f;
+      const float sign = task.is_signed() ? shared.signs[stage][row + part * rows_at_once] : 1.0f;
       u_read[part].write(shared.tiles[stage][0] + at, task.u_dtype, task.aligned, 1.0f);
       v_read[part].write(shared.tiles[stage][1] + at, task.v_dtype, task.aligned, sign);
     }
@@ -159,7 +172,7 @@ void choose_correlate(const Correlation& task, int64_t block, bool tf32, const R
     if (block == 32) run(math, std::integral_constant<int, 32>{});
     else run(math, std::integral_constant<int, 64>{});
   };
-  const bool half = task.u_dtype == task.v_dtype && task.u_dtype != Dtype::float32 && !task.signs;
+  const bool half = task.u_dtype == task.v_dtype && task.u_dtype != Dtype::float32 && !task.is_signed();
   if (block == 16) run(Fma{}, std::integral_constant<int, 16>{});
   else if (half && task.u_dtype == Dtype::bfloat16) sized(Half<true>{});
   else if (half) sized(Half<false>{});

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -216,8 +217,11 @@ Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t im
   plan.sum_elements = place(plan.items);
   const int64_t bytes = plan.sum_elements * static_cast<int64_t>(sizeof(T));
   const double work = total_cost(plan.items) * static_cast<double>(images * kLanes<T> * kLanes<T>);
-  const auto few = std::clamp<int64_t>(static_cast<int64_t>(work / kPartWork), 1, kFewParts);
-  const auto wanted = std::clamp<int64_t>(static_cast<int64_t>(work / kLargePartWork), few, kMostParts);
+  // Powers of two, so that threads as many end together.
+  const auto parts = [work](double each, int64_t least, int64_t most) {
+    return std::clamp<int64_t>(std::bit_ceil(static_cast<uint64_t>(work / each)), least, most);
+  };
+  const int64_t few = parts(kPartWork, 1, kFewParts), wanted = parts(kLargePartWork, few, kMostParts);
   const int64_t possible = std::min(images, kPartSumBytes / (bytes + 1));
   plan.parts = possible >= few ? std::min(wanted, possible) : 1;
   int64_t budget = kPartPanelBytes;

@@ -8,23 +8,29 @@ namespace growkern {
 constexpr int kPackThreads = 256;
 constexpr int kPackPixels = 64, kPackChannels = 16;  // tile of a block
 
-// As growkern/ops/moments/gpu.py lays it out; zeros fill channels up to the pitch.
+// As growkern/ops/moments/layout.py lays it out; zeros fill channels up to the pitch.
 struct Copy {
   int64_t first_program, source, target, pixels, channels, pitch, area, width;
   int64_t image_step, channel_step, row_step, column_step;
 };
 
-// Reads along pixels, writes along channels. Word: of the size of an element.
-template <class Word>
-__device__ void pack_block(const Copy* copies, int count, Word* shared) {
-  constexpr int ld = kPackChannels + 1;
+// The row that this block belongs to.
+template <class Row>
+__device__ const Row& row_of(const Row* rows, int count) {
   int number = 0;
-  while (number + 1 < count && copies[number + 1].first_program <= blockIdx.x) ++number;
-  const Copy copy = copies[number];
+  while (number + 1 < count && rows[number + 1].first_program <= blockIdx.x) ++number;
+  return rows[number];
+}
+
+// Reads along pixels, writes along channels. From, To: of an element, or words of its size.
+template <class From, class To>
+__device__ void pack_block(const Copy* copies, int count, To* shared) {
+  constexpr int ld = kPackChannels + 1;
+  const Copy copy = row_of(copies, count);
   const int64_t tile = blockIdx.x - copy.first_program, across = (copy.pitch + kPackChannels - 1) / kPackChannels;
   const int64_t first_pixel = tile / across * kPackPixels, first_channel = tile % across * kPackChannels;
-  const Word* const source = reinterpret_cast<const Word*>(copy.source);
-  Word* const target = reinterpret_cast<Word*>(copy.target);
+  const From* const source = reinterpret_cast<const From*>(copy.source);
+  To* const target = reinterpret_cast<To*>(copy.target);
   const int column = threadIdx.x % kPackPixels;
   const int64_t pixel = first_pixel + column, rest = pixel % copy.area;
   const int64_t place = pixel / copy.area * copy.image_step + rest / copy.width * copy.row_step +
@@ -32,7 +38,7 @@ __device__ void pack_block(const Copy* copies, int count, Word* shared) {
   for (int i = threadIdx.x / kPackPixels; i < kPackChannels; i += kPackThreads / kPackPixels) {
     const int64_t channel = first_channel + i;
     const bool inside = pixel < copy.pixels && channel < copy.channels;
-    shared[column * ld + i] = inside ? source[place + channel * copy.channel_step] : Word(0);
+    shared[column * ld + i] = inside ? static_cast<To>(source[place + channel * copy.channel_step]) : To(0);
   }
   __syncthreads();
   const int64_t channel = first_channel + threadIdx.x % kPackChannels;

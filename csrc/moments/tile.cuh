@@ -173,6 +173,11 @@ struct Side {
   int channels;
 };
 
+// Rows of signs of one site in memory, and how many there are in each.
+struct Signs {
+  int64_t address, pitch, count;
+};
+
 // `Count` channels that follow each other, as they lie in memory until they are unpacked.
 template <int Count>
 struct Chunk {

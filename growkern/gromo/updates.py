@@ -13,7 +13,7 @@ from torch import Tensor
 
 from growkern import ops
 from growkern.gromo.statistics import need
-from growkern.whitening import both_sides, singular
+from growkern.whitening import Whitened
 
 __all__ = ["added_parameters", "delta"]
 
@@ -114,12 +114,13 @@ def added_parameters(
     right = _root(e, e_threshold)
     target = right.whiten(left.whiten(n.double()).mT).mT
     need(target.numel() > 0 and bool(torch.isfinite(target).all()))
-    values, vectors = singular(target, min(target.shape), None)
+    whitened = Whitened(target)
+    values, vectors = whitened.singular(min(target.shape), None)
     need(not bool(values.isnan().any()))
     # Where eigenvalues were dropped, gromo has singular values of zero besides.
     need(len(values) == min(n.shape) or min(statistical_threshold, float(values[0])) > 0)
     count = _significant(values, statistical_threshold, maximum_added_neurons)
-    u, v = both_sides(target, values[:count], vectors[:, :count])
+    u, v = whitened.both_sides(values[:count], vectors[:, :count])
     if n.dtype == torch.float64 or not values[0] or (count and values[count - 1] < _GRAM * values[0]):
         u, values, vh = ops.svd(target)
         need(not bool(values.isnan().any()))

@@ -7,16 +7,14 @@ the iteration did not converge, comes back NaN and leaves the others of its batc
 import torch
 from torch import Tensor
 
-from growkern.backend import define, has_triton
+from growkern.backend import define
 from growkern.ops import native
-from growkern.ops.jacobi import reference  # noqa: F401  (registers its implementations)
+from growkern.ops.jacobi import reference, triton  # noqa: F401  (they register their implementations)
 
 if native.load("cpu"):
     from growkern.ops.jacobi import cpp  # noqa: F401
 if native.load("cuda"):
     from growkern.ops.jacobi import cuda  # noqa: F401
-if has_triton():
-    from growkern.ops.jacobi import triton  # noqa: F401
 
 __all__ = ["eigh", "svd"]
 

@@ -37,7 +37,7 @@ def _sliced(
     decompose: Callable[[Tensor], tuple[Tensor, ...]], whole: Callable[[Tensor], tuple[Tensor, ...]], a: Tensor
 ) -> tuple[Tensor, ...]:
     """Give each thread a slice of the batch, unless there is nothing to slice or a matrix that LAPACK refuses."""
-    if a.shape[:-2].numel() < 2 or not a.numel() or torch.get_num_threads() == 1 or not torch.isfinite(a).all():
+    if a.shape[:-2].numel() < 2 or not a.numel() or torch.get_num_threads() == 1 or not reference.all_finite(a):
         return whole(a)
     try:
         parts = decompose(a.flatten(0, -3).contiguous())

@@ -1,6 +1,7 @@
 """Eigenproblems and singular value decompositions by torch.linalg: the definition."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -22,8 +23,16 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
+def all_finite(a: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf."""
+    return not a.numel() or bool(a.amin().isfinite() & a.amax().isfinite())  # NaN is passed on
+
+
 def _isolated(decompose: Callable[[Tensor], tuple[Tensor, ...]], a: Tensor) -> list[Tensor]:
     """Decompose the matrices so that one that cannot be leaves the others alone; row-major parts."""
+    if a.device.type == "cpu" and all_finite(a):  # on a GPU, to look would be to wait
+        with suppress(torch.linalg.LinAlgError):
+            return [part.contiguous() for part in decompose(a)]
     finite = torch.isfinite(a).all(-1).all(-1)[..., None, None]  # (..., 1, 1)
     try:
         parts = decompose(torch.where(finite, a, 0.0))

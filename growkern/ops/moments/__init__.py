@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from growkern.backend import define, has_triton, implementation, register
+from growkern.backend import define, implementation, register
 from growkern.ops import native
-from growkern.ops.moments import gpu, reference  # noqa: F401  (the reference registers its implementations)
+from growkern.ops.moments import group, reference, triton  # noqa: F401  (the reference registers itself)
+from growkern.ops.moments.calls import Call, Residual, packed
 from growkern.ops.moments.checks import (
     conv2d_moments_shapes,
     conv2d_residual_shapes,
@@ -21,25 +22,23 @@ from growkern.ops.moments.checks import (
     linear_residual_shapes,
 )
 from growkern.ops.moments.geometry import ConvGeometry
-from growkern.ops.moments.gpu import Call
 
 if native.load("cpu"):
     from growkern.ops.moments import cpp  # noqa: F401
 if native.load("cuda"):
     from growkern.ops.moments import cuda
 
-    gpu.serve(cuda, "cuda")
-if has_triton():
-    from growkern.ops.moments import triton
-
-    gpu.serve(triton, "triton")
+    group.serve(cuda, "cuda")
+group.serve(triton, "triton")
 
 __all__ = [
     "Call",
     "ConvGeometry",
+    "Residual",
     "conv2d_moments",
     "conv2d_residual",
     "grouped_moments",
+    "grouped_residuals",
     "linear_moments",
     "linear_residual",
 ]
@@ -193,7 +192,7 @@ def conv2d_moments(
     ValueError
         If shapes or devices do not fit together, or `kernel` or `precision` is unknown.
     """
-    made, read = _packed("producer", producer), _packed("consumer", consumer)
+    made, read = packed("producer", producer), packed("consumer", consumer)
     return torch.ops.growkern.conv2d_moments(
         x.detach(), h.detach(), v.detach(), made, read, kernel, x_bias, h_bias, precision
     )
@@ -240,7 +239,7 @@ def conv2d_residual(
     ValueError
         If shapes or devices do not fit together, or `kernel` or `precision` is unknown.
     """
-    made, read = _packed("producer", producer), _packed("consumer", consumer)
+    made, read = packed("producer", producer), packed("consumer", consumer)
     return torch.ops.growkern.conv2d_residual(
         x.detach(),
         h.detach(),
@@ -276,41 +275,66 @@ def grouped_moments(calls: Sequence[Call]) -> list[Six]:
     ValueError
         As the two ops do, or if the calls are on several kinds of devices.
     """
-    calls = [call._replace(x=call.x.detach(), h=call.h.detach(), v=call.v.detach()) for call in calls]
-    for x, h, v, made, read, kernel, x_bias, h_bias, precision in calls:
-        if made is None or read is None:
-            linear_moments_shapes(x, h, v, x_bias, h_bias, precision)
-        else:
-            geometries = _packed("producer", made), _packed("consumer", read)
-            conv2d_moments_shapes(x, h, v, *geometries, kernel, x_bias, h_bias, precision)
+    return _grouped("grouped_moments", calls)
+
+
+def grouped_residuals(calls: Sequence[Residual]) -> list[Three]:
+    """Sum the products with v⊥ of several sites, on a GPU in a handful of launches.
+
+    Parameters
+    ----------
+    calls : sequence of Residual
+        The arguments of one `linear_residual` or `conv2d_residual` each.
+
+    Returns
+    -------
+    list of three Tensors
+        What each call gives.
+
+    Raises
+    ------
+    TypeError
+        As the two ops do.
+    ValueError
+        As the two ops do, if `rows_per_sign` is not 1 for maps, or if the calls are on several kinds of devices.
+    """
+    for call in calls:
+        if call.call.producer is not None and call.rows_per_sign != 1:
+            raise ValueError(f"rows_per_sign: expected 1 for convolutions, got {call.rows_per_sign}")
+    return _grouped("grouped_residuals", calls)
+
+
+def _grouped(op: str, calls: Sequence[Any]) -> list[Any]:
+    """Run a group with the backend in force, which checks the arguments of every call."""
     if not calls:
         return []
-    device = calls[0].x.device.type
-    if any(call.x.device.type != device for call in calls):
-        raise ValueError(f"calls: expected all tensors on one kind of device, {device}")
-    with torch.autocast(device, enabled=False):
-        return implementation("grouped_moments", device)(calls)
+    kinds = {call[0].x.device.type if isinstance(call, Residual) else call.x.device.type for call in calls}
+    if len(kinds) > 1:
+        raise ValueError(f"calls: expected all tensors on one kind of device, got {' and '.join(sorted(kinds))}")
+    (device,) = kinds
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        return implementation(op, device)(calls)
 
 
-def _one_by_one(calls: Sequence[Call]) -> list[Six]:
-    found = []
-    for x, h, v, made, read, kernel, x_bias, h_bias, precision in calls:
-        biases: dict[str, Any] = {"x_bias": x_bias, "h_bias": h_bias, "precision": precision}
-        if made is None or read is None:
-            found.append(linear_moments(x, h, v, **biases))
-        else:
-            found.append(conv2d_moments(x, h, v, producer=made, consumer=read, kernel=kernel, **biases))
-    return found
+def _moments(call: Call) -> Six:
+    x, h, v, made, read, kernel, x_bias, h_bias, precision = call
+    if made is None or read is None:
+        return linear_moments(x, h, v, x_bias=x_bias, h_bias=h_bias, precision=precision)
+    geometry: dict[str, Any] = {"producer": made, "consumer": read, "kernel": kernel}
+    return conv2d_moments(x, h, v, **geometry, x_bias=x_bias, h_bias=h_bias, precision=precision)
+
+
+def _residual(call: Residual) -> Three:
+    x, h, v, made, read, kernel, x_bias, h_bias, precision = call.call
+    named: dict[str, Any] = {"signs": call.signs, "x_bias": x_bias, "h_bias": h_bias, "precision": precision}
+    if made is None or read is None:
+        return linear_residual(x, h, v, call.update, rows_per_sign=call.rows_per_sign, **named)
+    return conv2d_residual(x, h, v, call.update, producer=made, consumer=read, kernel=kernel, **named)
 
 
 for _backend in ("cpp", "reference"):
-    register("grouped_moments", _backend)(_one_by_one)
-
-
-def _packed(name: str, geometry: ConvGeometry) -> list[int]:
-    if not isinstance(geometry, ConvGeometry):
-        raise TypeError(f"{name}: expected a ConvGeometry, got {type(geometry).__name__}")
-    return geometry.pack()
+    register("grouped_moments", _backend)(lambda calls: [_moments(call) for call in calls])
+    register("grouped_residuals", _backend)(lambda calls: [_residual(call) for call in calls])
 
 
 define(

@@ -1,5 +1,6 @@
 """Where the kernel of a convolution reads."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class ConvGeometry:
         ConvGeometry
             The geometry.
         """
-        return cls(flat[0:2], flat[2:4], flat[4:6], flat[6:8])
+        return _unpacked(tuple(flat))
 
     def pack(self) -> list[int]:
         """Write the geometry as the ``int[]`` of an op's schema.
@@ -121,6 +122,11 @@ class ConvGeometry:
             ``dilation·(kernel − 1) + 1``.
         """
         return self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _unpacked(flat: tuple[int, ...]) -> ConvGeometry:
+    return ConvGeometry(flat[0:2], flat[2:4], flat[4:6], flat[6:8])
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:

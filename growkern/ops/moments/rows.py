@@ -11,6 +11,7 @@ from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.schedule import refuse_capture
 
 COPY_FIELDS = 12  # first program, source, target, pixels, channels, pitch, area, width, four strides of the source
+SUBTRACT_FIELDS = 24  # first program, what `Engine.subtract` takes, with pitches in units of 16 bytes, and all sizes
 PACK_PIXELS, PACK_CHANNELS = 64, 16  # tile of a program that packs
 ONES = 8  # elements of the row of ones: 16 bytes or more
 
@@ -45,29 +46,27 @@ def alignment(*sides: Rows) -> int:
 
 def rows_of(tensor: Tensor) -> Rows:
     """Rows of channels as they lie, if they start and end at whole 16 bytes; otherwise copied once."""
-    rows, copy = place(tensor)
-    if copy:
-        channels = tensor.shape[1]
-        rows.data[..., :channels] = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
-        rows.data[..., channels:] = 0
-    return rows
+    images = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
+    pitch, copied = place(tensor)
+    if not copied:
+        return Rows(images, tensor.shape[1], pitch)
+    rows = images.new_empty(*images.shape[:-1], pitch)
+    rows[..., : tensor.shape[1]] = images
+    rows[..., tensor.shape[1] :] = 0
+    return Rows(rows, pitch, pitch)
 
 
-def place(tensor: Tensor) -> tuple[Rows, tuple[int, ...]]:
-    """Give the rows of a tensor, and what to copy there first if they are new: a row of COPY_FIELDS but its first."""
-    is_map, whole = tensor.ndim == 4, 16 // tensor.itemsize
-    images = tensor.permute(0, 2, 3, 1) if is_map else tensor
-    channels = tensor.shape[1]
+def place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Give the pitch of a tensor's rows, and what to copy if they do not lie well: COPY_FIELDS from pixels on."""
+    is_map, whole, channels = tensor.ndim == 4, 16 // tensor.itemsize, tensor.shape[1]
     pitch = channels if is_map else tensor.stride(0)
-    in_place = images.is_contiguous() if is_map else tensor.stride(1) == 1
+    in_place = tensor.is_contiguous(memory_format=torch.channels_last) if is_map else tensor.stride(1) == 1
     if in_place and channels % whole == 0 and pitch % whole == 0 and tensor.data_ptr() % 16 == 0:
-        return Rows(images, channels, pitch), ()
+        return pitch, ()
     pitch = channels + -channels % whole
-    rows = Rows(images.new_empty(*images.shape[:-1], pitch), pitch, pitch)
     height, width = tensor.shape[2:] if is_map else (1, 1)
     steps = tensor.stride() if is_map else (*tensor.stride(), 0, 0)
-    sizes = len(tensor) * height * width, channels, pitch, height * width, width
-    return rows, (tensor.data_ptr(), rows.data.data_ptr(), *sizes, *steps)
+    return pitch, (len(tensor) * height * width, channels, pitch, height * width, width, *steps)
 
 
 def is_far(tensor: Tensor) -> bool:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from growkern.ops.moments.plan import ONES, Piece, Plan, Product
 
-FIELDS = 20  # of a product
+FIELDS = 22  # of a product
 REGION_FIELDS = 11
 SHORTEST = 256  # positions that one program should sum at least
 SUM_BLOCK = 1024  # elements of one program that adds up splits
+COMBINE_BLOCK, COMBINE_DRAWS = 128, 32  # elements and draws of one that adds up runs under signs
 ASSEMBLE_ROWS, ASSEMBLE_COLUMNS = 16, 128  # tile of a program that assembles results
 
 
@@ -26,6 +27,18 @@ class Tiles(NamedTuple):
     warps: int = 4
     stages: int = 3
     programs: int = 8  # to aim for on each multiprocessor
+    shifts: int = 1  # of v along rows that a program multiplies with one tile of u, where there are as many
+
+
+class Launch(NamedTuple):
+    """The items of one launch, of tiles (block_m, block_n), for so many shifts of v at once, with signs or not."""
+
+    block_m: int
+    block_n: int
+    shifts: int
+    signed: bool
+    warps: int
+    items: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +48,21 @@ class Schedule:
     Attributes
     ----------
     products : Tensor, shape (products, FIELDS)
-        int64: sources, extents, area, columns, positions, positions of a split, where its sums go, how far apart
-        splits are, base and steps by row, column and image of u, of v, number of the draw, whether symmetric.
+        int64: sources, extents, area, columns, positions of a split, where its sums go, how far apart splits are,
+        base and steps by row, column and image of u, of v, number of the draw, whether symmetric, first column of v,
+        columns of its map, and how far apart the sums of shifts are. How many images there are is told at the launch.
     items : Tensor, shape (programs, 4)
         int32: product, row and column of the tile, split.
-    sums : Tensor, shape (programs, 5)
-        int64: first element of the splits, of their sum, elements, splits, chunk.
+    launches : tuple of Launch
+        Which of the items are cut alike.
+    sums : Tensor, shape (programs, 6)
+        int64: first element of the splits, of their sum, elements, splits, chunk, plan.
     regions, starts, terms, weights : Tensor
         How to assemble: see `_assembly`.
     slots : int
         Elements of all products of one draw.
+    draws : int
+        How often there are slots.
     elements : int
         Of the workspace: the slots, then the splits.
     tiles : Tiles
@@ -55,15 +73,27 @@ class Schedule:
 
     products: Tensor
     items: Tensor
+    launches: tuple[Launch, ...]
     sums: Tensor
     regions: Tensor
     starts: Tensor
     terms: Tensor
     weights: Tensor
     slots: int
+    draws: int
     elements: int
     tiles: Tiles
     programs: int
+
+    def slots_of(self, workspace: Tensor) -> Tensor:
+        """View the slots, (draws, slots), in a workspace."""
+        return workspace[: self.draws * self.slots].view(self.draws, self.slots)
+
+
+def bucket(images: int) -> int:
+    """Round a number of images up to five binary digits, so that batches of about one size share their tables."""
+    unit = 1 << max(0, images.bit_length() - 5)
+    return -(-images // unit) * unit
 
 
 @functools.lru_cache(maxsize=512)
@@ -71,7 +101,7 @@ def schedule(
     plans: tuple[Plan, ...],
     images: tuple[int, ...],
     draws: int,
-    per_image: bool,
+    runs: tuple[int, ...] | None,
     tiles: Tiles,
     processors: int,
     most: int,
@@ -84,11 +114,12 @@ def schedule(
     plans : tuple of Plan
         What to correlate and how to combine it. The sources and results of the second follow those of the first.
     images : tuple of int
-        Number of images, or rows of matrices, of each.
+        Number of images, or rows of matrices, of each; a launch may have fewer.
     draws : int
-        How often to sum every product, each time under another draw of signs.
-    per_image : bool
-        Keep the sums of every image apart, and leave adding them up to the caller.
+        How often there are sums of every product, each time under another draw of signs.
+    runs : tuple of int or None
+        Images of each plan that share their signs: their sums are kept apart, to be combined under all draws. None:
+        signs are multiplied in, and every product is summed anew for each draw.
     tiles : Tiles
         How to cut.
     processors : int
@@ -105,20 +136,27 @@ def schedule(
 
     """
     refuse_capture(device)
-    products = [(i, product) for i, plan in enumerate(plans) for product in plan.products]
-    count = len(products)
-    extents = np.array([plan.extent(p) for plan in plans for p in range(len(plan.products))], np.int64)
-    extents = extents.reshape(count, 2)
-    areas = np.array([p.rows.length * p.columns.length for _, p in products], np.int64)
-    sizes, positions = extents.prod(1), areas * np.array([images[i] for i, _ in products], np.int64)
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    slots = int(offsets[-1])
+    extents = np.array([plan.extent(p) for plan in plans for p in range(len(plan.products))], np.int64).reshape(-1, 2)
+    bundles = _bundled(plans, tiles.shifts)
+    owners = [(each.owner, each.product) for each in bundles]
+    count, times = len(owners), 1 if runs else draws  # that a product is summed
+    areas = np.array([p.rows.length * p.columns.length for _, p in owners], np.int64)
+    sizes, positions = extents.prod(1), areas * np.array([images[i] for i, _ in owners], np.int64)
+    # The sums of one bundle follow each other.
+    order = np.lexsort(np.array([(each.place, each.first) for each in bundles], np.int64).reshape(-1, 2).T)
+    slots, offsets = int(sizes.sum()), np.empty(count, np.int64)
+    offsets[order] = np.cumsum(sizes[order]) - sizes[order]
     square = tiles.block_m == tiles.block_n  # then a symmetric product needs no tiles below the diagonal
-    symmetric = np.array([square and p.u == p.v and _same(p.rows) and _same(p.columns) for _, p in products], bool)
-    grid = [_grid(extents[number], symmetric[number], tiles) for number in range(count)]
-    if per_image:
-        lengths, stride = areas, np.full(count, slots)
-        splits, targets, elements = np.full(count, images[0]), offsets[:-1], slots * images[0]
+    symmetric = np.array([square and p.u == p.v and _same(p.rows) and _same(p.columns) for _, p in owners], bool)
+    blocks = _blocks(extents, positions, tiles)
+    grid = [
+        np.empty((0, 2), np.int64) if each.place else _grid(extents[i], symmetric[i], blocks[i])
+        for i, each in enumerate(bundles)
+    ]
+    if runs:
+        lengths = areas * np.array([runs[i] for i, _ in owners], np.int64)
+        splits = -(-positions // np.maximum(1, lengths))
+        apart = np.ones(count, bool)
     else:
         work = sum(len(each) * k for each, k in zip(grid, positions, strict=True)) * draws
         length = max(SHORTEST, -(-work // max(1, processors * tiles.programs)))
@@ -126,58 +164,86 @@ def schedule(
         while True:
             length = -(-length // SHORTEST) * SHORTEST
             splits = np.maximum(1, -(-positions // length))
-            partial = np.where(splits > 1, splits * sizes, 0)
-            if partial.sum() * draws <= most or splits.max(initial=1) == 1:
+            apart = splits > 1
+            if (splits * sizes)[apart].sum() * draws <= most or not apart.any():
                 break
             length *= 2
-        ends = np.cumsum(partial)
-        lengths, stride = np.full(count, length), sizes
-        targets = np.where(splits > 1, slots * draws + ends - partial, offsets[:-1])
-        elements = slots * draws + int(partial.sum()) * draws
+        lengths = np.full(count, length)
+    partial = np.where(apart, splits * sizes, 0)
+    spare = int(partial.sum())
+    starts = np.empty(count, np.int64)
+    starts[order] = np.cumsum(partial[order]) - partial[order]
+    targets = np.where(apart, slots * draws + starts, offsets)
     rows, items, sums = [], [], []
-    spare = int(np.where(splits > 1, splits * sizes, 0).sum())
-    for draw in range(draws):
-        for number, (owner, product) in enumerate(products):
-            split = not per_image and splits[number] > 1
-            target = int(targets[number]) + draw * (spare if split else slots)
+    for draw in range(times):
+        for number, (owner, product) in enumerate(owners):
+            target = int(targets[number]) + draw * (spare if apart[number] else slots)
             where = product.rows.length * product.columns.length, product.columns.length
-            sums_of = positions[number], lengths[number], target, stride[number]
-            plan, first = plans[owner], owner * len(plans[owner].channels)
+            sums_of = lengths[number], target, sizes[number]
+            plan, before = plans[owner], owner * len(plans[owner].channels)
             walks = _walk(product, plan.sizes[product.u], 0) + _walk(product, plan.sizes[product.v], 1)
-            sources = first + product.u, first + product.v
-            rows.append((*sources, *extents[number], *where, *sums_of, *walks, draw, symmetric[number]))
+            sources = before + product.u, before + product.v
+            shifting = product.columns.v, plan.sizes[product.v][1], partial[number] if apart[number] else sizes[number]
+            rows.append((*sources, *extents[number], *where, *sums_of, *walks, draw, symmetric[number], *shifting))
             table = np.empty((splits[number], len(grid[number]), 4), np.int32)
             table[..., 0] = draw * count + number
             table[..., 1:3] = grid[number]
             table[..., 3] = np.arange(splits[number])[:, None]
             items.append(table.reshape(-1, 4))
-            if split:
-                chunks = np.arange(-(-sizes[number] // SUM_BLOCK))
-                slot = offsets[number] + draw * slots
-                fixed = np.array([target, slot, sizes[number], splits[number]], np.int64)
-                sums.append(np.column_stack([np.tile(fixed, (len(chunks), 1)), chunks]))
+            if apart[number]:
+                chunks = np.arange(-(-sizes[number] // (COMBINE_BLOCK if runs else SUM_BLOCK)))
+                task = np.empty((len(chunks), 6), np.int64)
+                task[:, :4] = target, offsets[number] + draw * slots, sizes[number], splits[number]
+                task[:, 4], task[:, 5] = chunks, owner
+                sums.append(task)
     tables = _joined(items, 4, np.int32)
+    products = tables[:, 0] % max(1, count)
+    shifts = np.array([each.shifts for each in bundles], np.int64)
+    kinds = np.column_stack([np.column_stack([blocks, shifts])[products], tables[:, 0] >= count])
     # Programs that run at the same time should read the same positions; the short ones fill the gaps at the end.
-    small = np.minimum(lengths, positions)[tables[:, 0] % max(1, count)] < lengths.max(initial=1)
-    tables = tables[np.lexsort((tables[:, 3], small))]
-    regions, starts, terms, weights, programs = _assembly(plans, offsets, extents)
-
-    def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
+    small = np.minimum(lengths, positions)[products] < lengths.max(initial=1)
+    ordered = np.lexsort((tables[:, 3], small, *kinds.T[::-1]))
+    tables, kinds = tables[ordered], kinds[ordered]
+    *assembly, programs = _assembly(plans, offsets, extents)
+    arrays = (np.array(rows, np.int64).reshape(-1, FIELDS), tables, _joined(sums, 6, np.int64), *assembly)
+    elements = slots * draws + spare * times
+    names = "products", "items", "sums", "regions", "starts", "terms", "weights"
+    uploaded = dict(zip(names, _uploaded(arrays, device), strict=True))
+    launches, start = [], 0
+    for (block_m, block_n, shifted, signed), length in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
+        # Narrow tiles have more operands for each sum, and so more warps.
+        warps = min(tiles.warps, max(1, 2 * tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n)))
+        part = uploaded["items"][start : start + int(length)]
+        launches.append(Launch(int(block_m), int(block_n), int(shifted), bool(signed), warps, part))
+        start += int(length)
     return Schedule(
-        products=on_device(np.array(rows, np.int64).reshape(-1, FIELDS)),
-        items=on_device(tables),
-        sums=on_device(_joined(sums, 5, np.int64)),
-        regions=on_device(regions),
-        starts=on_device(starts),
-        terms=on_device(terms),
-        weights=on_device(weights),
+        **uploaded,
+        launches=tuple(launches),
         slots=slots,
+        draws=draws,
         elements=elements,
         tiles=tiles,
         programs=programs,
     )
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device without waiting for it."""
+    host = torch.from_numpy(array)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
+def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tensor]:
+    """Copy arrays to a device in one go."""
+    bounds = np.cumsum([0] + [-(-array.nbytes // 16) * 16 for array in arrays])
+    host = np.zeros(bounds[-1], np.uint8)
+    for array, start in zip(arrays, bounds, strict=False):
+        host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    buffer = upload(host, device)
+    return [
+        buffer[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for array, start in zip(arrays, bounds.tolist(), strict=False)
+    ]
 
 
 def refuse_capture(device: torch.device) -> None:
@@ -190,9 +256,57 @@ def _same(piece: Piece) -> bool:
     return piece.u == piece.v and piece.u_step == piece.v_step
 
 
-def _grid(extents: np.ndarray, symmetric: bool, tiles: Tiles) -> np.ndarray:
+class _Line(NamedTuple):
+    """A product of a plan, and what it is summed with: the first of its bundle, its place there, how many they are."""
+
+    owner: int
+    product: Product
+    first: int
+    place: int = 0
+    shifts: int = 1
+
+
+def _bundled(plans: tuple[Plan, ...], shifts: int) -> list[_Line]:
+    """Find whole lines that differ by one pixel, to be summed `shifts` at a time over the columns of all of them."""
+    found, first = [], 0
+    for owner, plan in enumerate(plans):
+        bundles = {number: _Line(owner, product, first + number) for number, product in enumerate(plan.products)}
+        lines: dict[tuple[int, int, Piece], dict[int, int]] = {}
+        for number, (u, v, rows, columns) in enumerate(plan.products if shifts > 1 else ()):
+            by, (u_length, v_length) = columns.v - columns.u, (plan.sizes[side][1] for side in (u, v))
+            start, end = max(0, -by), min(u_length, v_length - by)
+            whole = columns == Piece(start, start + by, 1, 1, end - start)
+            if whole and ONES not in (u, v) and not (u == v and _same(rows) and not by):
+                lines.setdefault((u, v, rows), {})[by] = number
+        for (u, v, rows), numbers in lines.items():
+            for by in sorted(numbers):
+                if all(by + i in numbers for i in range(shifts)):
+                    members = [numbers.pop(by + i) for i in range(shifts)]
+                    start = max(0, -by - shifts + 1)
+                    end = min(plan.sizes[u][1], plan.sizes[v][1] - by)
+                    union = Product(u, v, rows, Piece(start, start + by, 1, 1, end - start))
+                    leader = first + members[0]
+                    bundles |= {each: _Line(owner, union, leader, i, shifts) for i, each in enumerate(members)}
+        found += [bundles[number] for number in range(len(plan.products))]
+        first += len(plan.products)
+    return found
+
+
+def _blocks(extents: np.ndarray, positions: np.ndarray, tiles: Tiles) -> np.ndarray:
+    """Tile of every product: one side shrinks to 16 channels where that spares an eighth of all work or more."""
+    whole = np.array([tiles.block_m, tiles.block_n])
+    blocks = np.where(extents <= 16, np.minimum(16, whole), whole)
+
+    def work(blocks: np.ndarray) -> float:
+        return float(((-(-extents // blocks) * blocks).prod(1) * positions).sum())
+
+    plain = np.broadcast_to(whole, extents.shape)
+    return blocks if work(blocks) <= 7 / 8 * work(plain) else plain
+
+
+def _grid(extents: np.ndarray, symmetric: bool, blocks: np.ndarray) -> np.ndarray:
     """Row and column of every tile; of a symmetric product only those on and above the diagonal."""
-    across, down = -(-extents // np.array([tiles.block_m, tiles.block_n]))
+    across, down = -(-extents // blocks)
     tile = np.stack(np.meshgrid(np.arange(across), np.arange(down), indexing="ij"), -1).reshape(-1, 2)
     return tile[tile[:, 0] <= tile[:, 1]] if symmetric else tile
 

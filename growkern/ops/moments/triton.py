@@ -9,10 +9,12 @@ from torch import Tensor
 from growkern.backend import INTERPRETED
 from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.plan import Plan
-from growkern.ops.moments.rows import COPY_FIELDS, PACK_CHANNELS, PACK_PIXELS, Rows, alignment
+from growkern.ops.moments.rows import COPY_FIELDS, PACK_CHANNELS, PACK_PIXELS, SUBTRACT_FIELDS, Rows, alignment
 from growkern.ops.moments.schedule import (
     ASSEMBLE_COLUMNS,
     ASSEMBLE_ROWS,
+    COMBINE_BLOCK,
+    COMBINE_DRAWS,
     FIELDS,
     REGION_FIELDS,
     SUM_BLOCK,
@@ -32,7 +34,12 @@ def tiles(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) 
 
 
 def correlate(
-    us: Sequence[Rows], vs: Sequence[Rows], out: Tensor, plan: Schedule, precision: str, signs: Tensor | None
+    us: Sequence[Rows],
+    vs: Sequence[Rows],
+    out: Tensor,
+    plan: Schedule,
+    precision: str,
+    signs: Tensor | None,
 ) -> None:
     """Launch one program for every item of the schedule."""
     sides = (us[0], us[1], vs[2])
@@ -41,23 +48,27 @@ def correlate(
         *(each.data for each in (*us, *vs)),
         *(each.pitch // align for each in sides),
         *(each.channels // align for each in sides),
+        len(us[0].data),
         out,
         plan.products,
-        plan.items,
-        out if signs is None else signs,
-        0 if signs is None else signs.shape[1],
+        *((out, 0) if signs is None else (signs, signs.stride(0))),
+        plan.products,
         plan.products,
     )
     dtypes = us[0].data.dtype, vs[2].data.dtype
     matrix, wide = us[0].data.ndim == 2, _wide(*us, *vs)
-    _correlate(arguments, plan, dtypes, precision, align, False, matrix, wide, signs is not None)
+    _correlate(arguments, plan, dtypes, precision, align, False, matrix, wide)
 
 
-def correlate_group(sources: Tensor, ones: Rows, out: Tensor, plan: Schedule, precision: str, align: int) -> None:
-    """Do the same for several sites, whose addresses, pitches and channels are in a table, in units of `align`."""
-    data, dtype = ones.data, ones.data.dtype
-    arguments: tuple[Any, ...] = (*[data] * 8, *[0] * 6, out, plan.products, plan.items, out, 0, sources)
-    _correlate(arguments, plan, (dtype, dtype), precision, align, True, False, False, False)
+def correlate_group(
+    sources: Tensor, u: Tensor, v: Tensor, out: Tensor, plan: Schedule, precision: str, draws: Tensor | None
+) -> None:
+    """Do the same for several sites, from tables."""
+    sides, sizes = [u] * 4 + [v] * 4, [0] * 7
+    tables = plan.products, out, 0, sources, plan.products if draws is None else draws
+    dtypes = u.dtype, v.dtype
+    align = 16 // min(u.itemsize, v.itemsize)
+    _correlate((*sides, *sizes, out, *tables), plan, dtypes, precision, align, True, False, False)
 
 
 def _correlate(
@@ -69,30 +80,32 @@ def _correlate(
     grouped: bool,
     matrix: bool,
     wide: bool,
-    signed: bool,
 ) -> None:
     from growkern.ops.moments import _triton as kernels
 
     tiles, half = plan.tiles, dtypes[1].itemsize == 2
-    if not len(plan.items):
-        return
-    kernels.correlate_kernel[(len(plan.items),)](
-        *arguments,
-        ALIGN=align,
-        GROUPED=grouped,
-        MATRIX=matrix,
-        WIDE=wide,
-        SIGNED=signed,
-        PRECISION=_precision(precision, half, plan.items.device),
-        OPERAND=_operand(*dtypes),
-        CHAIN=CHAIN // tiles.block_k if half else 0,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
-        FIELDS=FIELDS,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    for block_m, block_n, shifts, signed, warps, items in plan.launches:
+        kernels.correlate_kernel[(len(items),)](
+            *arguments,
+            items,
+            ALIGN=align,
+            GROUPED=grouped,
+            MATRIX=matrix,
+            WIDE=wide,
+            SIGNED=signed,
+            PRECISION=_precision(precision, half, items.device),
+            OPERAND=_operand(*dtypes),
+            CHAIN=CHAIN // tiles.block_k if half else 0,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=tiles.block_k,
+            SHIFTS=shifts,
+            FIELDS=FIELDS,
+            num_warps=warps,
+            num_stages=min(tiles.stages, 2) if signed else tiles.stages,  # signs take registers
+            # Elsewhere all registers would cost programs.
+            **(_all_registers() if signed or (block_m, block_n) != tiles[:2] else {}),
+        )
 
 
 def reduce(workspace: Tensor, plan: Schedule) -> None:
@@ -101,6 +114,42 @@ def reduce(workspace: Tensor, plan: Schedule) -> None:
 
     if len(plan.sums):
         kernels.reduce_kernel[(len(plan.sums),)](workspace, plan.sums, BLOCK=SUM_BLOCK)
+
+
+def combine(workspace: Tensor, plan: Schedule, signs: Tensor, add: bool) -> None:
+    """Launch one program for every chunk of every product and some of the draws."""
+    _combine(workspace, plan, signs, signs.stride(0), signs.shape[1], plan.sums, False, add)
+
+
+def combine_group(workspace: Tensor, plan: Schedule, draws: Tensor) -> None:
+    """Do the same for several sites, whose signs are in a table."""
+    _combine(workspace, plan, workspace, 0, 0, draws, True, False)
+
+
+def _combine(
+    workspace: Tensor, plan: Schedule, signs: Tensor, pitch: int, samples: int, table: Tensor, grouped: bool, add: bool
+) -> None:
+    from growkern.ops.moments import _triton as kernels
+
+    if not len(plan.sums):
+        return
+    kernels.combine_kernel[(len(plan.sums), -(-plan.draws // COMBINE_DRAWS))](
+        workspace,
+        plan.sums,
+        signs,
+        pitch,
+        samples,
+        table,
+        plan.draws,
+        plan.slots,
+        GROUPED=grouped,
+        ADD=add,
+        PRECISION=_precision("ieee", False, workspace.device),
+        DRAWS=COMBINE_DRAWS,
+        BLOCK=COMBINE_BLOCK,
+        num_warps=8,
+        **_all_registers(),
+    )
 
 
 def assemble(slots: Tensor, plan: Schedule, results: Sequence[Tensor]) -> None:
@@ -133,49 +182,52 @@ def _assemble(slots: Tensor, plan: Schedule, targets: Sequence[Tensor], addresse
         FIELDS=REGION_FIELDS,
         ROWS=ASSEMBLE_ROWS,
         COLUMNS=ASSEMBLE_COLUMNS,
+        **_all_registers(),
     )
 
 
-def pack(copies: Tensor, programs: int, anchor: Tensor) -> None:
-    """Copy maps to rows of channels, as a table of `gpu.COPY_FIELDS` columns says; all have the anchor's dtype."""
+def pack(copies: Tensor, programs: int, source: Tensor, target: Tensor) -> None:
+    """Launch one program for every tile of every map."""
     from growkern.ops.moments import _triton as kernels
 
     if programs:
         kernels.pack_kernel[(programs,)](
             copies,
             len(copies),
-            anchor,
+            source,
+            target,
             FIELDS=COPY_FIELDS,
-            COUNT=max(16, 1 << (len(copies) - 1).bit_length()),
+            COUNT=_count(copies),
             PIXELS=PACK_PIXELS,
             CHANNELS=PACK_CHANNELS,
         )
 
 
-def subtract(h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer: ConvGeometry, precision: str) -> None:
+def subtract(
+    h: Rows, v: Rows, channels: int, weight: Tensor, out: Rows, consumer: ConvGeometry, precision: str
+) -> None:
     """Launch one program for every tile of positions and channels of v."""
     from growkern.ops.moments import _triton as kernels
 
-    targets, positions = weight.shape[2], v.data.shape[:-1].numel()
+    targets, positions = weight.shape[1], v.data.shape[:-1].numel()
     if not targets:
         return
     rows, columns = v.data.shape[1:3] if v.data.ndim == 4 else (1, 1)
     map_rows, map_columns = h.data.shape[1:3] if h.data.ndim == 4 else (1, 1)
-    align = alignment(h, v, out)
-    block = 32 if targets <= 32 else 64
-    kernels.subtract_kernel[(-(-positions // 64) * -(-targets // block),)](
+    align, tile = alignment(h, v, out), subtract_tile(targets)
+    kernels.subtract_kernel[(-(-positions // tile[0]) * -(-targets // tile[1]),)](
         h.data,
         h.pitch // align,
         v.data,
         v.pitch // align,
         weight,
-        bias,
+        targets // 4,
         out.data,
         out.pitch // align,
         positions,
         rows * columns,
         columns,
-        h.channels // align,
+        channels,
         targets,
         map_rows,
         map_columns,
@@ -186,13 +238,46 @@ def subtract(h: Rows, v: Rows, weight: Tensor, bias: Tensor, out: Rows, consumer
         consumer.taps,
         ALIGN=align,
         WIDE=_wide(h, v, out),
-        PRECISION=_precision(precision, False, v.data.device),
-        BLOCK_M=64,
-        BLOCK_N=block,
-        BLOCK_K=32,
-        # All registers are allowed, or ptxas spills some of them for the sake of more programs.
-        **({} if torch.version.hip else {"maxnreg": 255}),
+        **_subtract_options(tile, precision, v.data.device),
     )
+
+
+def subtract_tile(targets: int) -> tuple[int, int]:
+    """Count the positions and channels of v that one program takes."""
+    return 64, 32 if targets <= 32 else 64
+
+
+def subtract_group(
+    table: Tensor, programs: int, tile: tuple[int, int], like: Tensor, out: Tensor, align: int, precision: str
+) -> None:
+    """Launch one program for every tile of positions and channels of every v."""
+    from growkern.ops.moments import _triton as kernels
+
+    kernels.subtract_group_kernel[(programs,)](
+        table,
+        len(table),
+        like,
+        out,
+        FIELDS=SUBTRACT_FIELDS,
+        COUNT=_count(table),
+        ALIGN=align,
+        **_subtract_options(tile, precision, table.device),
+    )
+
+
+def _subtract_options(tile: tuple[int, int], precision: str, device: torch.device) -> dict[str, Any]:
+    blocks = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 32}
+    return {"PRECISION": _precision(precision, False, device), **blocks, **_all_registers()}
+
+
+def _all_registers() -> dict[str, int]:
+    """Allow all registers, or ptxas spills some of them for the sake of more programs."""
+    return {} if torch.version.hip else {"maxnreg": 255}
+
+
+def _count(table: Tensor) -> int:
+    """Round the rows of a table up, so that few numbers of sites need a kernel of their own."""
+    return max(16, 1 << (len(table) - 1).bit_length())
 
 
 def _wide(*sides: Rows) -> bool:

@@ -29,6 +29,8 @@ CHANGES: list[dict[str, int]] = [
     {"stages": 4},
     {"programs": 2},
     {"programs": 16},
+    {"shifts": 2, "warps": 8},
+    {"shifts": 4, "warps": 8},
 ]
 
 
@@ -63,7 +65,8 @@ def tune(device: torch.device, widths: tuple[int, ...] = WIDTHS) -> Iterator[dic
         fastest = before = time(best)
         for change in CHANGES:
             candidate = best._replace(**change)
-            if candidate != best and max(candidate.block_m, candidate.block_n) <= max(16, 2 * width):
+            fits = max(candidate.block_m, candidate.block_n) <= max(16, 2 * width)
+            if candidate != best and fits and (kind == "map" or candidate.shifts == 1):
                 taken = time(candidate)
                 if taken < fastest:
                     best, fastest = candidate, taken

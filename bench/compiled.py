@@ -1,10 +1,13 @@
-"""Compile the Triton kernels as the bench rows of tests/cases.py launch them, for GPUs that need not be here.
+"""Compile the Triton kernels for GPUs that need not be here: the moments as the bench rows of tests/cases.py launch
+them, and `eigh` and `svd` with every tile.
 
-python bench/triton_compiled.py [--only TEXT ...] [--targets NAME ...] tells registers, spills, shared memory and
-matrix instructions, fails on a spill, and writes bench/results/triton-compiled.json where nothing is left out.
+python bench/compiled.py [--only TEXT ...] [--targets NAME ...] tells registers, spills, shared memory and matrix
+instructions, fails on a spill, and writes bench/results/compiled.json where nothing is left out. TEXT is part of the
+name of a case, such as "64ch", "width 32-full" or "svd 64×16".
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -12,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +26,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from growkern.ops.moments import Call, _triton, gpu
+from growkern.ops.jacobi import _triton as _decompose
+from growkern.ops.jacobi import triton as decomposers
+from growkern.ops.moments import Call, Residual, _triton, gpu, group
 from growkern.ops.moments import triton as engine
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +44,11 @@ MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async|mma\.sync", "sm_100
 MATRIX["gfx942"] = r"v_mfma"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 TYPES |= {torch.int32: "i32", torch.int64: "i64"}
-KERNELS = {_triton: [f"{name}_kernel" for name in ("pack", "correlate", "reduce", "assemble", "subtract")]}
+KERNELS = ("pack", "correlate", "reduce", "combine", "assemble", "subtract", "subtract_group")
+MULTIPLYING = ("correlate", "combine", "subtract", "subtract_group")
+POINTERS = {"eigh": 3, "svd": 4}  # arguments that are tensors
+SIDES = (16, 32, 64)
+ROWS_PER_SIGN = 64
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -56,9 +66,8 @@ def recorded(launches: list[Launch]) -> Iterator[None]:
         return Recorder()
 
     with ExitStack() as stack:
-        for module, names in KERNELS.items():
-            for name in names:
-                stack.enter_context(mock.patch.object(module, name, recorder(getattr(module, name))))
+        for name in (f"{kernel}_kernel" for kernel in KERNELS):
+            stack.enter_context(mock.patch.object(_triton, name, recorder(getattr(_triton, name))))
         yield
 
 
@@ -68,16 +77,17 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     signature: dict[str, str] = {}
     constants = {name: value for name, value in named.items() if name not in OPTIONS}
     aligned = {}
-    for position, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+    for position, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
+        name, special = parameter.name, not parameter.do_not_specialize
         if isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             aligned[position,] = [["tt.divisibility", 16]]
-        elif value == 1:
+        elif value == 1 and special:
             signature[name] = "constexpr"
             constants[name] = 1
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 aligned[position,] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(named.keys() - set(OPTIONS), "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
@@ -110,24 +120,42 @@ def launched(case: Conv2dCase | LinearCase, dtype: torch.dtype, precision: str, 
     with (
         recorded(launches),
         mock.patch.object(engine, "gpu_of", return_value=("", kind)),
-        mock.patch.object(gpu, "_processors", return_value=132),
+        mock.patch.object(gpu, "processors_of", return_value=132),
+        mock.patch.dict(group._kept, clear=True),  # those of other GPUs
         mock.patch.object(torch.version, "hip", "7" if amd else None),
     ):
-        update = arguments[3:]
         flags = {"x_bias": case.x_bias, "h_bias": case.h_bias, "precision": precision}
-        if update:
-            flags["signs"] = named["signs"]
         if isinstance(case, Conv2dCase):
-            flags |= {"producer": case.producer.pack(), "consumer": case.consumer.pack(), "kernel": case.kernel}
-        getattr(gpu, case.op)(engine, *arguments, **flags)
-        if case.op == "conv2d_moments":
-            call = Call(*arguments, case.producer, case.consumer, case.kernel, precision=precision)
-            gpu.grouped_moments(engine, [call] * 3)
+            flags |= {"producer": case.producer, "consumer": case.consumer, "kernel": case.kernel}
+        call = Call(*arguments[:3], **flags)
+        if case.op.endswith("moments"):
+            gpu.moments(engine, call)
+            group.grouped_moments(engine, [call] * 3)
+        else:
+            signs = named["signs"][:, : -(-len(call.x) // ROWS_PER_SIGN)] if call.producer is None else named["signs"]
+            for residual in (
+                Residual(call, arguments[3], named["signs"]),
+                Residual(call, arguments[3].double(), signs, ROWS_PER_SIGN if call.producer is None else 1),
+            ):
+                gpu.residual(engine, residual)
+                group.grouped_residuals(engine, [residual] * 3)
     return launches
+
+
+def decompositions() -> Iterator[tuple[str, Launch]]:
+    """Names of the cases of `eigh` and `svd`, and what they launch."""
+    for dtype, op, m, n in itertools.product((torch.float32, torch.float64), POINTERS, SIDES, SIDES):
+        if m == n or (op == "svd" and m > n):
+            sizes = (n,) if op == "eigh" else (m, n)
+            options = getattr(decomposers, f"{op}_options")(*sizes, dtype)
+            tensors = [torch.empty(1, dtype=dtype, device="meta")] * POINTERS[op]
+            yield f"{op} {m}×{n}", (getattr(_decompose, f"{op}_kernel"), (*tensors, *(7,) * len(sizes)), options)
 
 
 def measure(launch: Launch, target: str) -> dict[str, Any]:
     src, options = source(launch)
+    if target.startswith("gfx"):
+        options.pop("maxnreg", None)
     compiled = triton.compile(src, target=TARGETS[target], options=options)
     registers, spilled = resources(target, compiled)
     text = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
@@ -135,6 +163,7 @@ def measure(launch: Launch, target: str) -> dict[str, Any]:
         "kernel": launch[0].__name__.removesuffix("_kernel"),
         "target": target,
         **{name: str(value).removeprefix("triton.language.") for name, value in launch[2].items()},
+        "dtypes": " ".join(dict.fromkeys(kind for kind in src.signature.values() if kind.startswith("*"))),
         "registers": registers,
         "spilled": spilled,
         "shared": compiled.metadata.shared,
@@ -142,8 +171,23 @@ def measure(launch: Launch, target: str) -> dict[str, Any]:
     }
     assert not spilled, row
     assert row["shared"] <= SHARED[target], row
-    assert row["matrix instructions"] or row["kernel"] in ("pack", "reduce", "assemble"), row
+    assert row["matrix instructions"] or row["kernel"] not in MULTIPLYING, row
     return row
+
+
+def chosen_launches(only: list[str], target: str) -> Iterator[Launch]:
+    """What the cases launch whose names hold one of some texts."""
+    ops = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
+    given = cases(*ops, size="bench")
+    few = [case for case in given if case.op == "conv2d_moments" and case.channels[0] in (64, 256)]
+    given += [replace(case, name=f"3, then {case.channels[1]}", channels=(3, *case.channels[1:])) for case in few]
+    for case in given:
+        if any(text in str(case) for text in only):
+            for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
+                yield from launched(case, dtype, precision, target)
+    for name, launch in decompositions():
+        if any(text in name for text in only):
+            yield launch
 
 
 def main() -> None:
@@ -151,22 +195,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of cases")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     chosen = parser.parse_args()
-    ops = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
     rows: dict[str, dict[str, Any]] = {}
     for target in chosen.targets:
-        for case in cases(*ops, size="bench"):
-            if not any(text in str(case) for text in chosen.only):
-                continue
-            for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
-                for launch in launched(case, dtype, precision, target):
-                    src, options = source(launch)
-                    key = f"{launch[0].__name__} {src.signature} {src.constants} {src.attrs} {options} {target}"
-                    if key not in rows:
-                        rows[key] = measure(launch, target)
-                        print(*rows[key].values(), flush=True)
+        for launch in chosen_launches(chosen.only, target):
+            src, options = source(launch)
+            key = f"{launch[0].__name__} {src.signature} {src.constants} {src.attrs} {options} {target}"
+            if key not in rows:
+                rows[key] = measure(launch, target)
+                print(*rows[key].values(), flush=True)
     if chosen.only == [""] and chosen.targets == list(TARGETS):
         lines = ",\n".join(json.dumps(row) for row in rows.values())
-        path = ROOT / "bench" / "results" / "triton-compiled.json"
+        path = ROOT / "bench" / "results" / "compiled.json"
         path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
 
 
