@@ -200,23 +200,26 @@ def collect(
         remaining = {name: probes[name] for name in updates}
         second = run.sweep(remaining, lambda some, size: residuals_together(some, updates, null_draws, size, signs))
     return {
-        name: _assemble(probe, counts[name], reduction, sums[name] | second.get(name, {}), updates.get(name))
+        name: _assemble(probe, counts[name], reduction, sums.pop(name) | second.pop(name, {}), updates.get(name))
         for name, probe in probes.items()
     }
 
 
 def _assemble(probe: Probe, count: int, reduction: str, sums: dict[str, Tensor], update: Tensor | None) -> Moments:
     producer, consumer, between = probe.layers.producer, probe.layers.consumer, probe.layers.between
-    uniform = sums.pop("uniform", None)
-    means = {name: value.div_(count) for name, value in sums.items()}
+    p = producer.weight[0].numel() + (producer.bias is not None)
+    means = {}
+    if (uniform := sums["xx"] if probe.needs_ones else sums.pop("uniform", None)) is not None:
+        positions = uniform[-1, -1]  # the last column is of ones, never pooled
+        means = {"x_mean": uniform[:p, -1] / positions, "x_second": uniform[:p, :p] / positions}
+    for name, value in sums.items():
+        trimmed = value[:p, :p] if name == "xx" else value[:p] if name in ("xh", "xv") else value
+        means[name] = trimmed.contiguous().div_(count)
     if probe.kernel == "full":
         means["xh"] = means["null_h"] = None  # type: ignore[assignment]
     if update is not None and means["null"].shape[0] == 0:
         means["null"] = means["null_h"] = None  # type: ignore[assignment]
-    if uniform is not None:
-        uniform, p = uniform / uniform[-1, -1], means["xx"].shape[0]  # its last column is of ones, never pooled
-        means["x_mean"], means["x_second"] = uniform[:p, -1].clone(), uniform[:p, :p].clone()
-    p, units = means["xx"].shape[0], probe.layers.units
+    units = probe.layers.units
     fan_in = producer.weight.detach().flatten(1)
     fan_out = consumer.weight.detach().reshape(consumer.weight.shape[0], units, -1).transpose(0, 1).flatten(1)
     return Moments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from growkern import distributed
-from growkern.eval_mode import evaluating, same_draws
+from growkern.eval_mode import evaluating, fixed_norms, same_draws
 from growkern.probe import LossFn, Probe
 from growkern.sites import GrowthSite, find_sites, logger, resolve
 
-_TOGETHER_BYTES = 64 * 2**20  # of x, h and v that sites measured in one go may hold
+_TOGETHER_BYTES = 64 * 2**20  # of x, h and v that sites measured in one go may hold on a GPU
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Passes:
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
         failure: Exception | None = None
         try:
-            with same_draws(self.model):
+            with same_draws(self.model), fixed_norms(self.model):
                 for number, batch in enumerate(self.batches if probes else ()):
                     self._measure(number, batch, probes, measure, sums)
         except Exception as error:  # the other processes of a group wait for this one
@@ -57,7 +58,9 @@ class Passes:
             raise ValueError("batches: another process of the group failed to measure; it says why")
         flat = {(name, key): value for name, values in sums.items() for key, value in values.items()}
         distributed.all_sum(flat.values(), self.group)
-        bad = [f"{key} of site {name!r}" for (name, key), value in flat.items() if not value.isfinite().all()]
+        ends = [torch.stack(value.aminmax()) for value in flat.values() if value.numel()]  # in one read, NaN too
+        finite = iter(torch.stack([both.isfinite().all() for both in ends]).tolist() if ends else ())
+        bad = [f"{key} of site {name!r}" for (name, key), value in flat.items() if value.numel() and not next(finite)]
         if bad:
             raise ValueError(f"batches: {', '.join(bad)} is not finite; look for NaN or Inf in the inputs and weights")
         return sums
@@ -68,7 +71,7 @@ class Passes:
         with evaluating(self.model), torch.enable_grad(), ExitStack() as hooks:
             for probe in probes:
                 hooks.enter_context(probe.watching())
-                probe.forget(listen=True)
+                probe.forget(lambda _: None)
             loss, _ = self._forward(self.batches[0])
             edges = [(site, probe.edge()) for site, probe in zip(sites, probes, strict=True) if probe.reached]
             found = torch.autograd.grad(loss, [edge for _, edge in edges], allow_unused=True) if edges else ()
@@ -94,25 +97,23 @@ class Passes:
         measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]],
         sums: dict[str, dict[str, Tensor]],
     ) -> None:
-        for probe in probes.values():
-            probe.forget(listen=True)
-        loss, batch_size = self._forward(batch)
-        if not loss.isfinite():
-            raise ValueError(f"loss_fn: gave {loss.item()} on batch {number}; nothing was measured")
-        # Scaled up front, by a power of two, so that half precision neither underflows nor rounds on the way back.
-        seed = float(2 ** (min(batch_size, 2**12).bit_length() - 1))
-        edges = [probe.edge() for probe in probes.values()]
-        gradients = torch.autograd.grad(loss, edges, torch.full_like(loss, seed), allow_unused=True)
+        # Every site is measured as soon as the backward pass has reached it, so that what it has seen can go with
+        # the graph, and memory peaks where that of the forward pass does.
         together: list[Probe] = []
-        for number, ((name, probe), gradient) in enumerate(zip(probes.items(), gradients, strict=True), 1):
+        unreached = set(probes)
+
+        def arrived(probe: Probe, gradient: Tensor) -> None:
+            unreached.discard(probe.site.name)
             try:
                 probe.receive(gradient, batch_size, seed, self.reduction == "mean")
             except ValueError as error:
-                raise ValueError(f"site {name!r}: {error}") from None
+                raise ValueError(f"site {probe.site.name!r}: {error}") from None
             together.append(probe)
             held = sum(operand.nbytes for each in together for operand in each.operands)
-            if number < len(probes) and held < _TOGETHER_BYTES:
-                continue
+            if self.device.type == "cpu" or held >= _TOGETHER_BYTES:
+                add()
+
+        def add() -> None:
             totals, values = [], []
             for each, measured in zip(together, measure(together, batch_size), strict=True):
                 total = sums[each.site.name]
@@ -124,6 +125,22 @@ class Passes:
             if totals:
                 torch._foreach_add_(totals, values)  # one launch for many
             together.clear()
+
+        for probe in probes.values():
+            probe.forget(functools.partial(arrived, probe))
+        loss, batch_size = self._forward(batch)
+        if not loss.isfinite():
+            raise ValueError(f"loss_fn: gave {loss.item()} on batch {number}; nothing was measured")
+        # Scaled up front, by a power of two, so that half precision neither underflows nor rounds on the way back.
+        seed = float(2 ** (min(batch_size, 2**12).bit_length() - 1))
+        edges = [probe.edge() for probe in probes.values()]
+        torch.autograd.grad(loss, _lowest(edges), torch.full_like(loss, seed), allow_unused=True)
+        if unreached:
+            name = next(name for name in probes if name in unreached)
+            consumer = probes[name].site.consumer
+            raise ValueError(f"site {name!r}: no gradient reaches {consumer}; the loss does not use it")
+        if together:
+            add()
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Tensor, int]:
         args, target = to_device(batch, self.device)
@@ -157,6 +174,23 @@ def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[tuple[Any, 
         raise ValueError(f"batches: expected (input, target) pairs, got {type(batch).__name__}")
     args, target = (_moved(part, device) for part in batch)
     return tuple(args) if isinstance(args, tuple | list) else (args,), target
+
+
+def _lowest(edges: Sequence[Any]) -> list[Any]:
+    """Edges of a graph from which no other one is reached: a backward pass to them visits all and holds few."""
+    nodes = {edge.node for edge in edges}
+    above: dict[Any, bool] = {}  # whether a node or one behind it is that of an edge
+    stack = [(node, False) for node in nodes]
+    while stack:
+        node, seen = stack.pop()
+        behind = [each for each, _ in node.next_functions if each is not None]
+        if seen:
+            above[node] = any(each in nodes or above[each] for each in behind)
+        elif node not in above:
+            above[node] = False
+            stack.append((node, True))
+            stack.extend((each, False) for each in behind if each not in above)
+    return [edge for edge in edges if not above[edge.node]]
 
 
 def _moved(value: Any, device: torch.device) -> Any:

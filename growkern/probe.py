@@ -65,13 +65,15 @@ class Probe:
             )
         self.count, self._batch_dim = 0, batch_dim
         self.hidden_positions = self.output_positions = 1
+        self._all_once = self.kernel == "linear" or (self.kernel == "center" and _reads_all_once(self.layers.consumer))
         self.forget()
 
-    def forget(self, listen: bool = False) -> None:
-        """Drop what the last pass has left, and listen to the next one or not."""
+    def forget(self, arrived: Callable[[Tensor], None] | None = None) -> None:
+        """Drop what the last pass has left; hand ∂L/∂z of the next one to `arrived` as soon as it is known."""
         self._seen: dict[str, tuple[Tensor, int]] = {}
         self._edge: Any = None
-        self._listening = listen
+        self._arrived = arrived
+        self._listening = arrived is not None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -87,6 +89,7 @@ class Probe:
         def writes(_: nn.Module, args: tuple[Any, ...], z: Tensor) -> None:
             if self._listening and z.requires_grad:
                 self._edge = torch.autograd.graph.get_gradient_edge(z)
+                z.register_hook(self._arrived)
 
         handles = [
             self.layers.producer.register_forward_pre_hook(reads("x"), with_kwargs=True),
@@ -121,10 +124,8 @@ class Probe:
             )
         return self._edge
 
-    def receive(self, gradient: Tensor | None, batch_size: int, seed: float, mean: bool) -> None:
+    def receive(self, gradient: Tensor, batch_size: int, seed: float, mean: bool) -> None:
         """Take ∂L/∂z, times `seed`, and make x, h and v of it."""
-        if gradient is None:
-            raise ValueError(f"no gradient reaches {self.site.consumer}; the loss does not use it")
         for name, (value, version) in self._seen.items():
             if value._version != version:
                 raise ValueError(f"{name} was changed in place after its layer had read it")
@@ -166,12 +167,18 @@ class Probe:
         return t.movedim(self._batch_dim, 0).reshape(-1, t.shape[-1]) if t.dim() > 2 else t.reshape(-1, t.shape[-1])
 
     def calls(self) -> dict[str, Call]:
-        """Count a batch, and give what to sum up: "moments", and "uniform" where a norm lies between."""
+        """Count a batch, and give what to sum up: "moments", and "uniform" where that of a norm is not among them."""
         self.count += self.rows
-        calls = {"moments": Call(*self.operands, **self._flags)}
-        if self.layers.between.norm is not None:
+        calls = {"moments": Call(*self.operands, **self._flags | ({"x_bias": True} if self.needs_ones else {}))}
+        if self.layers.between.norm is not None and not self.needs_ones:
             calls["uniform"] = self._uniform()
         return calls
+
+    @property
+    def needs_ones(self) -> bool:
+        """Whether xx, completed by a column of ones, also tells what a norm between the layers has to undo."""
+        between = self.layers.between
+        return self._all_once and between.norm is not None and between.pools_before_norm == len(between.pools)
 
     def residual(self, update: Tensor, draws: int, batch_size: int, generator: torch.Generator) -> Residual:
         """Give what to sum up for N and its draws with random signs."""
@@ -235,6 +242,15 @@ class Probe:
         for pool, _ in windows:
             patches = pool.average(patches)
         return patches, ConvGeometry(1), False, size
+
+
+def _reads_all_once(consumer: nn.Module) -> bool:
+    """Whether the centre of a convolution's kernel reads every position of its input once."""
+    if not isinstance(consumer, nn.Conv2d):
+        return False
+    reads = _geometry(consumer)
+    taps = zip(reads.kernel_size, reads.dilation, reads.padding, strict=True)
+    return reads.stride == (1, 1) and all(k % 2 and padding == d * (k // 2) for k, d, padding in taps)
 
 
 def _pooled(pool: Pool, size: tuple[int, int]) -> tuple[int, int]:

@@ -112,6 +112,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def without_gromo(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Make gromo's own statistics fail: each of them is an einsum."""
+
+    def einsum(*args: object) -> None:
+        raise AssertionError("gromo's own statistics ran")
+
+    return lambda: monkeypatch.setattr(torch, "einsum", einsum)
+
+
 # A model as it is, to see that nothing of it has changed ------------------------------------------------
 
 

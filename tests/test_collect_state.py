@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import growkern as gk
 from growkern import GrowthSite
+from growkern.eval_mode import fixed_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +108,40 @@ def test_no_graph_is_kept() -> None:
         gc.enable()
     assert len(alive) == 6
     assert left_over == [0] * 7
+
+
+def test_what_was_seen_goes_with_the_graph() -> None:
+    """While the gradient is on its way to the first block, the last one is measured, and its maps are gone."""
+    model = FAMILIES["resnet"].build()
+    maps: list[Any] = []
+    left: list[list[bool]] = []
+
+    def remember(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        maps.append(weakref.ref(args[0].untyped_storage()))
+        if len(maps) == 1:
+            out.register_hook(lambda _: left.append([ref() is not None for ref in maps]))
+
+    batches = FAMILIES["resnet"].batches(4)
+    sites = gk.find_sites(model, batches[0][0])
+    model.block1.conv2.register_forward_hook(remember)
+    model.block2.conv2.register_forward_hook(remember)
+    gk.collect(model, sites, batches, F.cross_entropy, kernel="center", null_draws=0)
+    assert left == [[True, False]]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_fixed_norms_hold_nothing(affine: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, affine=affine)).double()
+    model(torch.randn(5, 2, 7, 7, dtype=F64))
+    x = torch.randn(4, 2, 6, 6, dtype=F64, requires_grad=True)
+    expected = torch.autograd.grad(model.eval()(x).sin().sum(), x)[0]
+    with fixed_norms(model):
+        out = model(x)
+    assert out.grad_fn._saved_tensor1 is None  # of x·scale: what the norm reads
+    close(torch.autograd.grad(out.sin().sum(), x)[0], expected)
+    assert "forward" not in vars(model[1])
+    with fixed_norms(model.train()):
+        assert out.grad_fn.name() != model(x).grad_fn.name()
 
 
 def test_checkpointed_blocks() -> None:

@@ -8,6 +8,8 @@
 #include <numeric>
 
 #include "../parallel.h"
+#include "multiply.h"
+#include "planes.h"
 
 namespace growkern {
 namespace {
@@ -20,109 +22,12 @@ constexpr int64_t kPartPanelBytes = 512 << 10;
 constexpr int64_t kPartSumBytes = 16 << 20;
 constexpr double kPartWork = 2 << 20, kLargePartWork = 64 << 20;
 constexpr int64_t kFewParts = 8, kMostParts = 64;
-// Positions summed in a register at once, unless a row has more: rounding grows with the chain of additions.
-constexpr int64_t kChain = 256;
 // Sums per item: enough that panels are read from memory seldom; and fewer where each is held for every draw as well.
 constexpr double kItemSums = 64, kDrawItemSums = 16;
-// Images whose sums wait to be added up under all draws at once.
-constexpr int64_t kSignedImages = 8;
+// Blocks of u and v of an item whose products are those of planes.
+constexpr Pair kPlaneSides{4, 8};
 // Items of the whole batch, about, whatever the number of threads, so that results do not depend on it.
 constexpr double kItems = 24;
-
-// The longest loop innermost, and loops over adjacent memory made one.
-Walk compact(Walk walk) {
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int k = 2; k > 0; --k) {
-      const bool adjacent =
-          walk.a[k - 1] == walk.a[k] * walk.count[k] && walk.b[k - 1] == walk.b[k] * walk.count[k];
-      if (walk.count[k] == 1 || walk.count[k - 1] == 1 || adjacent) {
-        if (walk.count[k] == 1) {
-          walk.a[k] = walk.a[k - 1];
-          walk.b[k] = walk.b[k - 1];
-        }
-        walk.count[k] *= walk.count[k - 1];
-        walk.count[k - 1] = 1;
-      }
-    }
-  }
-  return walk;
-}
-
-// Adds the sums of one group over `count` images to those of an item.
-template <class T>
-void multiply_group(const Item<T>& item, const Group& group, const std::vector<Panels<T>>& panels, int64_t first,
-                    int64_t count, T* sums, std::vector<const T*>& right) {
-  const Source<T>&u = *item.moment->u, &v = *item.moment->v;
-  const Panels<T>&u_panels = panels[u.index], &v_panels = panels[v.index];
-  right.clear();
-  for (int64_t block = item.v0; block < item.v1; ++block)
-    for (int64_t shift : group.shifts)
-      right.push_back(v_panels.first + block * v_panels.block_elements + shift * v.width);
-  const int64_t rows = group.row < 0 ? u.size[0] : 1, columns = group.column < 0 ? u.size[1] : 1;
-  const int64_t row0 = std::max<int64_t>(group.row, 0), column0 = std::max<int64_t>(group.column, 0);
-  const int64_t image_step = std::max<int64_t>(1, kChain / (rows * columns));
-  const int64_t row_step = std::max<int64_t>(1, kChain / columns);
-  for (int64_t image = first; image < first + count; image += image_step) {
-    for (int64_t row = 0; row < rows; row += row_step) {
-      const int64_t images = std::min(image_step, first + count - image);
-      const int64_t position = (row0 + row) * u.pitch[1] + column0;
-      const Walk walk = compact({{images, std::min(row_step, rows - row), columns},
-                                 {u.image_elements(), u.pitch[1] * u.width, u.width},
-                                 {v.image_elements(), v.pitch[1] * v.width, v.width}});
-      const T* left = u_panels.first + image * u.image_elements() + position * u.width;
-      const int64_t shift = image * v.image_elements() + position * v.width;
-      for (int64_t block = item.u0; block < item.u1; ++block) {
-        // Of a symmetric moment of single taps, the blocks below the diagonal are not needed.
-        const int64_t v0 = item.moment->upper() ? std::max(item.v0, block) : item.v0;
-        const int64_t skipped = (v0 - item.v0) * static_cast<int64_t>(group.shifts.size());
-        kernels<T>().multiply(walk, left + block * u_panels.block_elements, u.channels_of(block),
-                              right.data() + skipped, shift, static_cast<int64_t>(right.size()) - skipped,
-                              {sums + item.offset(block, v0, group, 0)});
-      }
-    }
-  }
-}
-
-// Adds the sums of `count` images, one after the other, under every draw. The first is number `first` of the batch.
-template <class T>
-void add_signed(const Item<T>& item, const std::vector<T>& sums, int64_t first, int64_t count, T* totals) {
-  const Source<T>& v = *item.moment->v;
-  const int64_t rows = v.sign_rows(), elements = item.draw_elements();
-  std::vector<T> signs(kSignedImages * rows, T{0});
-  for (int64_t image = 0; image < count; ++image) {
-    signs[image * rows] = 1;
-    for (int64_t draw = 0; draw < v.draws; ++draw)
-      signs[image * rows + 1 + draw] = v.signs[draw * v.map.images + first + image];
-  }
-  std::vector<const T*> parts(elements / kLanes<T>);
-  for (size_t i = 0; i < parts.size(); ++i) parts[i] = sums.data() + i * kLanes<T>;
-  kernels<T>().multiply({{1, 1, count}, {0, 0, rows}, {0, 0, elements}}, signs.data(), rows, parts.data(), 0,
-                        static_cast<int64_t>(parts.size()), {totals, kLanes<T>, elements});
-}
-
-// Adds the sums of `count` packed images, of which the first is number `number` of the batch.
-template <class T>
-void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t number, int64_t count, T* sums) {
-  const Moment<T>& moment = *item.moment;
-  const int64_t begin = count * item.part / item.parts, end = count * (item.part + 1) / item.parts;
-  const int64_t positions = moment.u->pitch[0] * moment.u->pitch[1], draws = moment.summed_draws();
-  const int64_t step = draws > 0 ? 1 : std::max<int64_t>(1, kGroupRows / positions);
-  const int64_t elements = draws > 0 ? item.draw_elements() : 0;
-  std::vector<const T*> right;
-  std::vector<T> waiting(kSignedImages * elements);
-  for (int64_t image = begin; image < end; image += step) {
-    T* target = sums + item.start;
-    const int64_t place = (image - begin) % kSignedImages;
-    if (draws > 0) {
-      target = waiting.data() + place * elements;
-      std::fill(target, target + elements, T{0});
-    }
-    for (const Group& group : moment.groups)
-      multiply_group(item, group, panels, image, std::min(step, end - image), target, right);
-    if (draws > 0 && (place + 1 == kSignedImages || image + 1 == end))
-      add_signed(item, waiting, number + image - place, place + 1, sums + item.start);
-  }
-}
 
 // Tiles of blocks of all moments.
 template <class T>
@@ -133,7 +38,10 @@ std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
     const Source<T>&u = *moment.u, &v = *moment.v;
     double work = 0;
     for (const Group& group : moment.groups) {
-      const int64_t rows = group.row < 0 ? u.size[0] : 1, columns = group.column < 0 ? u.size[1] : 1;
+      if (&group - moment.groups.data() == moment.mixed) continue;
+      const Pair stride = group.blended() ? Pair{group.u_blends[0].stride, group.u_blends[1].stride} : Pair{1, 1};
+      const int64_t rows = group.row < 0 ? u.size[0] / stride[0] : 1;
+      const int64_t columns = group.column < 0 ? u.size[1] / stride[1] : 1;
       work += static_cast<double>(group.shifts.size()) * static_cast<double>(rows * columns);
     }
     const auto main_shifts = static_cast<double>(std::max_element(
@@ -141,9 +49,11 @@ std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
         [](const Group& a, const Group& b) { return a.shifts.size() < b.shifts.size(); })->shifts.size());
     const double wanted = moment.summed_draws() > 0 ? kDrawItemSums : kItemSums;
     const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / main_shifts)));
-    for (int64_t u0 = 0; u0 < u.blocks; u0 += side) {
-      for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += side) {
-        Item<T> item{&moment, u0, std::min(u0 + side, u.blocks), v0, std::min(v0 + side, v.blocks), 0, 1, 0, 0};
+    const Pair sides = moment.mixed < 0 ? Pair{side, side} : kPlaneSides;
+    for (int64_t u0 = 0; u0 < u.blocks; u0 += sides[0]) {
+      for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += sides[1]) {
+        Item<T> item{
+            &moment, u0, std::min(u0 + sides[0], u.blocks), v0, std::min(v0 + sides[1], v.blocks), 0, 1, 0, 0};
         item.cost = work * static_cast<double>((item.u1 - u0) * (item.v1 - v0));
         items.push_back(item);
       }
@@ -161,11 +71,12 @@ double total_cost(const std::vector<Item<T>>& items) {
 
 // Splits expensive items by images.
 template <class T>
-std::vector<Item<T>> divide(const std::vector<Item<T>>& whole, int64_t images) {
+std::vector<Item<T>> divide(const std::vector<Item<T>>& whole, int64_t images, int64_t most_mixed) {
   const double total = total_cost(whole);
   std::vector<Item<T>> items;
   for (Item<T> item : whole) {
-    item.parts = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(item.cost * kItems / total)), 1, images);
+    const int64_t most = item.moment->mixed < 0 ? images : std::min(images, most_mixed);
+    item.parts = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(item.cost * kItems / total)), 1, most);
     item.cost /= static_cast<double>(item.parts);
     for (item.part = 0; item.part < item.parts; ++item.part) items.push_back(item);
   }
@@ -316,7 +227,7 @@ Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t im
   int64_t budget = kPartPanelBytes;
   if (plan.parts < few) {
     budget = kBatchPanelBytes + bytes / 2;
-    plan.items = divide(plan.items, images);
+    plan.items = divide(plan.items, images, std::max<int64_t>(1, kPartSumBytes / bytes));  // they have many sums
     plan.sum_elements = place(plan.items);
   }
   plan.images_at_once = std::clamp<int64_t>(budget / image_bytes, 1, (images + plan.parts - 1) / plan.parts);
@@ -364,6 +275,7 @@ void Batch<T>::run() {
     if (moment.v_bias) want_sums(*moment.u, moment.u_window, moment.weights);
     for (const Group& group : moment.groups)
       for (int64_t shift : group.shifts) reach = std::max(reach, std::abs(shift));
+    use_planes(moment);
   }
   Schedule<T> plan = schedule(moments, std::max<int64_t>(images, 1), image_bytes);
   const Buffer<T> sums = allocate<T>(plan.parts * plan.sum_elements);
@@ -381,6 +293,7 @@ void Batch<T>::run() {
       add(sums.get() + item.start, sums.get() + part * plan.sum_elements + item.start, item.elements());
     for (int64_t part = 1; item.part == 0 && part < item.parts; ++part)
       add(sums.get() + item.start, sums.get() + plan.items[i + part].start, item.elements());
+    if (item.part == 0) mix(item, sums.get());
   });
   for (int64_t part = 1; part < plan.parts; ++part)
     for (size_t source = 0; source < sources.size(); ++source)

@@ -44,6 +44,8 @@ struct Kernels {
                    const Sums<T>& acc);
   // out[x·stride + c] = row[c, x]
   void (*pack)(const Row&, T* out, int64_t stride);
+  // out[x] = Σ_k signs[k]·in[k][x·step], rows of kLanes, for x < length; two or four in[k], or one.
+  void (*blend)(const T* const* in, const T* signs, int64_t count, int64_t step, int64_t length, T* out);
 };
 
 extern const Kernels<float> portable_float, avx2_float, avx512_float;

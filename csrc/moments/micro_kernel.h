@@ -71,8 +71,9 @@ template <class T, int Bytes, int MR>
 void multiply(const Walk& walk, const T* a, int64_t rows, const T* const* b, int64_t shift, int64_t vectors,
               const Sums<T>& acc) {
   constexpr int64_t lanes = Bytes / sizeof(T), parts = kLanes<T> / lanes;
-  for (int64_t first = 0; first < vectors * parts; first += 3) {
-    const int64_t count = vectors * parts - first < 3 ? vectors * parts - first : 3;
+  for (int64_t first = 0, count; first < vectors * parts; first += count) {
+    const int64_t rest = vectors * parts - first;
+    count = rest == 4 ? 2 : rest < 3 ? rest : 3;  // a single vector takes nearly as long as two
     const T* right[3];
     T* sums[3];
     for (int64_t j = 0; j < count; ++j) {
@@ -160,9 +161,27 @@ void pack(const Row& row, T* out, int64_t stride) {
     for (int64_t c = 0; c < row.channels; ++c) out[x * stride + c] = data[c * row.channel_stride + x * row.step];
 }
 
+template <class T, int Count>
+void blend_of(const T* const* in, const T* signs, int64_t step, int64_t length, T* out) {
+  typedef T Panel __attribute__((vector_size(kPanelBytes), aligned(sizeof(T)), may_alias));
+  for (int64_t x = 0; x < length; ++x) {
+    Panel sum = signs[0] * *reinterpret_cast<const Panel*>(in[0] + x * step * kLanes<T>);
+#pragma GCC unroll 4
+    for (int k = 1; k < Count; ++k) sum += signs[k] * *reinterpret_cast<const Panel*>(in[k] + x * step * kLanes<T>);
+    *reinterpret_cast<Panel*>(out + x * kLanes<T>) = sum;
+  }
+}
+
+template <class T>
+void blend(const T* const* in, const T* signs, int64_t count, int64_t step, int64_t length, T* out) {
+  if (count == 1) return blend_of<T, 1>(in, signs, step, length, out);
+  if (count == 2) return blend_of<T, 2>(in, signs, step, length, out);
+  blend_of<T, 4>(in, signs, step, length, out);
+}
+
 template <class T, int Bytes, int MR>
 constexpr Kernels<T> table() {
-  return {multiply<T, Bytes, MR>, pack<T>};
+  return {multiply<T, Bytes, MR>, pack<T>, blend<T>};
 }
 
 }  // namespace

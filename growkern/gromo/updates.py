@@ -117,10 +117,10 @@ def added_parameters(
     whitened = Whitened(target)
     values, vectors = whitened.singular(min(target.shape), None)
     need(not bool(values.isnan().any()))
-    u, v = whitened.both_sides(values, vectors)
     # Where eigenvalues were dropped, gromo has singular values of zero besides.
     need(len(values) == min(n.shape) or min(statistical_threshold, float(values[0])) > 0)
     count = _significant(values, statistical_threshold, maximum_added_neurons)
+    u, v = whitened.both_sides(values[:count], vectors[:, :count])
     if n.dtype == torch.float64 or not values[0] or (count and values[count - 1] < _GRAM * values[0]):
         u, values, vh = ops.svd(target)
         need(not bool(values.isnan().any()))
@@ -168,4 +168,5 @@ def _check(other: Tensor, dtype: torch.dtype, *symmetric: Tensor) -> None:
     need(dtype in _DTYPES and all(each.dtype in _DTYPES and each.device == other.device for each in tensors))
     need(not any(each.requires_grad for each in tensors) and other.ndim == 2)
     for each in symmetric:
-        need(each.ndim == 2 and each.shape[0] == each.shape[1] and torch.allclose(each, each.mT))
+        need(each.ndim == 2 and each.shape[0] == each.shape[1])
+        need(torch.equal(each, each.mT) or torch.allclose(each, each.mT))

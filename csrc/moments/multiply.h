@@ -1,0 +1,18 @@
+// The products of one item: of panels as they are, and of planes.
+#pragma once
+
+#include <vector>
+
+#include "engine.h"
+
+namespace growkern {
+
+// Adds the sums of `count` packed images, of which the first is number `number` of the batch.
+template <class T>
+void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t number, int64_t count, T* sums);
+
+// Makes the sums of a mixed group.
+template <class T>
+void mix(const Item<T>& item, T* sums);
+
+}  // namespace growkern
