@@ -16,6 +16,7 @@ from test_ops_jacobi import assert_decomposes, assert_same_values
 import growkern
 from growkern import backend, ops
 from growkern.backend import available, use_backend
+from growkern.ops import ConvGeometry
 from growkern.ops.native import build_info
 
 PACKAGE = Path(growkern.__file__).parent
@@ -37,6 +38,24 @@ LARGE = [
         for name, channels in (("narrow", (8, 5, 4)), ("wide", (33, 17, 40)))
     ),
 ]
+# Even maps of enough channels and positions that sums are mixed from products of planes.
+PLANES = [
+    Conv2dCase(
+        op="conv2d_moments", name=f"planes {name}-{kernel}", channels=(48, 40, 33), maps=maps, producer=producer,
+        consumer=consumer, kernel=kernel,
+    )
+    for kernel in ("full", "center")
+    for name, maps, producer, consumer in (
+        ("3×3", (16, 18), ConvGeometry(3, 1, 1), ConvGeometry(3, 1, 1)),
+        ("3×3 valid", (20, 22), ConvGeometry(3), ConvGeometry(3)),
+        ("5×5", (18, 16), ConvGeometry(5, 1, 2), ConvGeometry(5, 1, 2)),
+        ("4×4 then 2×2", (18, 16), ConvGeometry(4, 1, 1), ConvGeometry(2)),
+        ("1×1 then 3×3", (16, 16), ConvGeometry(1), ConvGeometry(3, 1, 1)),
+        ("3×1 then 1×3", (18, 16), ConvGeometry((3, 1), 1, (1, 0)), ConvGeometry((1, 3), 1, (0, 1))),
+        ("dilation 2", (18, 16), ConvGeometry(3, 1, 2, 2), ConvGeometry(3, 1, 2, 2)),
+        ("wide padding", (16, 16), ConvGeometry(3, 1, 3), ConvGeometry(3, 1, 2)),
+    )
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -72,7 +91,7 @@ def test_moments_of_every_instruction_set(case):
 @every_set
 @pytest.mark.usefixtures("_instruction_set")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", LARGE + PLANES, ids=str)
 def test_large_moments(case, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -83,7 +102,7 @@ def test_large_moments(case, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", LARGE + PLANES, ids=str)
 def test_error_is_at_most_twice_that_of_pytorch(case):
     args, named = case.arguments(torch.float32, seed=3)
     double_args, double_named = to_double((args, named))

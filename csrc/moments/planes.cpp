@@ -66,6 +66,9 @@ void use_planes(Moment<T>& moment) {
   const Source<T>&u = *moment.u, &v = *moment.v;
   const bool whole = u.width == kLanes<T> && v.width == kLanes<T> && u.size[0] % 2 == 0 && u.size[1] % 2 == 0;
   if (!whole || u.blocks * v.blocks < kLeastPairs || u.size[0] * u.size[1] < kLeastPositions || v.draws > 0) return;
+  // Without padding all taps leave out other positions, and the error was measured at 2.3 times PyTorch's.
+  for (int axis : {0, 1})
+    if (static_cast<int64_t>(moment.weights[axis].size()) < u.size[axis]) return;
   const Pair columns = shift_range(moment.u_window, moment.v_window, 1);
   if (columns[1] - columns[0] >= u.pitch[1]) return;
   for (size_t index = 0; index < moment.groups.size(); ++index) {
