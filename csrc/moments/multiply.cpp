@@ -6,7 +6,7 @@ namespace growkern {
 namespace {
 
 // Positions summed in a register at once, unless a row has more: rounding grows with the chain of additions.
-constexpr int64_t kChain = 256;
+constexpr int64_t kChain = 128;
 // Positions of the maps of which planes are made at one time.
 constexpr int64_t kPlanePositions = 512;
 // Images whose sums wait to be added up under all draws at once.
