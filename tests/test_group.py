@@ -7,7 +7,7 @@ import torch
 from no_kernels import NoKernels
 
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call, Residual, gpu, group, tiles
+from growkern.ops.moments import Call, Residual, cuda, gpu, group, tiles
 from growkern.ops.moments.layout import Layout
 from growkern.ops.moments.schedule import Tiles, refuse_capture
 
@@ -106,13 +106,13 @@ def test_what_cannot_be_looked_up_is_refused_by_name(name, value, raised):
 
 
 def test_v_is_cut_by_its_width(monkeypatch):
-    """Sites of one width, whose v differ: those cut alike go together."""
+    """Sites of one width, whose v differ: those that CUDA cuts alike go together."""
+    monkeypatch.setattr(Recorded, "subtract_tile", staticmethod(cuda.subtract_tile))
     found, engine = sizes(monkeypatch), Recorded()
-    given = [residual(call(64, targets=targets)) for targets in (8, 64, 32, 40)]
+    given = [residual(call(64, targets=targets)) for targets in (8, 64, 20, 33)]
     group.grouped_residuals(engine, given)
-    assert found == [2, 2]
-    assert [launch[2] for launch in engine.of("subtract_group")] == [(64, 32), (64, 64)]
-    assert [launch[1] for launch in engine.of("subtract_group")] == [2, 2]  # one program for each of these sites
+    assert found == [1, 2, 1]
+    assert [launch[1:3] for launch in engine.of("subtract_group")] == [(2, (16, 16)), (2, (64, 64)), (1, (32, 32))]
 
 
 @pytest.mark.parametrize(("site", "of_group", "together"), [(640, 1921, [3, 3, 1]), (640, 10**9, [7]), (639, 1, [])])
