@@ -8,26 +8,17 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from growkern import backend
-from growkern.ops.moments import Call, Residual, group, grouped_moments, grouped_residuals, triton
+from growkern.ops.moments import Call, Residual, group, grouped_moments, grouped_residuals
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bench_sites import TWENTY_MAPS, TWENTY_WIDTHS, linear_calls, map_calls
-
-
-class NoKernels:
-    """An engine of which every kernel does nothing, and which cuts as Triton's does."""
-
-    tiles, subtract_tile = staticmethod(triton.tiles), staticmethod(triton.subtract_tile)
-
-    def __getattr__(self, kernel: str) -> Callable[..., None]:
-        return lambda *arguments: None
+from no_kernels import NoKernels
 
 
 def host(name: str, calls: list[Call], repeats: int) -> dict[str, object]:

@@ -338,6 +338,7 @@ def test_residuals_of_many_sites_at_once(dtype):
         LinearCase(op="linear_residual", name="", rows=41, widths=(5, 4, 18), rows_per_sign=9),
         LinearCase(op="linear_residual", name="", rows=10, widths=(5, 4, 18), rows_per_sign=3),
         LinearCase(op="linear_residual", name="", rows=33, widths=(64, 40, 17), x_bias=False, draws=0),
+        LinearCase(op="linear_residual", name="", rows=70, widths=(12, 20, 68)),
         Conv2dCase(op="conv2d_residual", name="", channels=(3, 5, 4)),
         Conv2dCase(op="conv2d_residual", name="", channels=(24, 8, 16), layout="channels_last", kernel="center"),
         Conv2dCase(op="conv2d_residual", name="", h_bias=False, draws=40),

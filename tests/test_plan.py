@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from cases import Conv2dCase, cases, error
+from no_kernels import NoKernels
 from torch import Tensor
 
 from growkern.backend import use_backend
@@ -148,15 +149,6 @@ def test_batches_of_about_one_size_share_their_tables():
     assert all(images <= size <= 1 + images * 17 / 16 for images, size in enumerate(sizes, 1))
     assert sizes[:32] == list(range(1, 33))
     assert len({bucket(images) for images in range(3900, 4100)}) == 3
-
-
-class NoKernels:
-    """An engine of which every kernel does nothing."""
-
-    tiles, subtract_tile = staticmethod(triton.tiles), staticmethod(triton.subtract_tile)
-
-    def __getattr__(self, name):
-        return lambda *arguments: None
 
 
 def test_a_batch_a_little_longer_makes_no_tables_anew():

@@ -12,7 +12,7 @@ struct Product {
   int64_t u, v, rows, columns, area, width, length, target, stride;
   int64_t u_base, u_row, u_column, u_pixels, v_base, v_row, v_column, v_pixels;
   int64_t draw, symmetric;
-  int64_t first_column, columns_of_v, distance;  // for several shifts at once, which the kernels here do not take
+  int64_t first_column, columns_of_v, distance;  // for several shifts at once: here there is one
 };
 
 struct Item {

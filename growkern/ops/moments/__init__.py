@@ -308,7 +308,7 @@ def _grouped(op: str, calls: Sequence[Any]) -> list[Any]:
     """Run a group with the backend in force, which checks the arguments of every call."""
     if not calls:
         return []
-    kinds = {call[0].x.device.type if isinstance(call, Residual) else call.x.device.type for call in calls}
+    kinds = {call.x.device.type for call in calls}
     if len(kinds) > 1:
         raise ValueError(f"calls: expected all tensors on one kind of device, got {' and '.join(sorted(kinds))}")
     (device,) = kinds

@@ -1,6 +1,6 @@
 """Calls of the moments as values, so that those of several sites can be made together."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +38,14 @@ class Call(NamedTuple):
         """Whether there is no xh."""
         return self.producer is not None and self.kernel == "full"
 
+    def facts(self) -> tuple[Any, ...]:
+        """Tell all that `check` and a layout depend on, of arguments that need not be right."""
+        return *map(_facts, self[:3]), *self[3:]
+
     def check(self) -> None:
         """Raise what the op would for these arguments."""
         x, h, v, _, _, kernel, x_bias, h_bias, precision = self
+        _check_tensors(x=x, h=h, v=v)
         if (geometries := self.geometries()) is None:
             linear_moments_shapes(x, h, v, x_bias, h_bias, precision)
         else:
@@ -58,6 +63,10 @@ class Call(NamedTuple):
             return linear_plan((self.x.shape[1], self.h.shape[1], self.v.shape[1]), self.x_bias, self.h_bias)
         shapes = shapes_of(self.x, self.h, self.v)
         return conv2d_plan(*shapes, self.producer, self.consumer, self.full, self.x_bias, self.h_bias)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Give x, h and v as they are."""
+        return self[:3]
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         """Give x, h and v, with the taps of h as channels where the consumer has one output."""
@@ -85,6 +94,15 @@ class Residual(NamedTuple):
         """Count the draws of signs."""
         return 0 if self.signs is None else len(self.signs)
 
+    @property
+    def x(self) -> Tensor:
+        """The x of the operands."""
+        return self.call.x
+
+    def facts(self) -> tuple[Any, ...]:
+        """Tell all that `check` and a layout depend on, of arguments that need not be right."""
+        return *self.call.facts(), *map(_facts, self[1:3]), self.rows_per_sign
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Give x, h, v, the update, and rows of float32 signs if there are any: of runs, or of all to multiply in."""
         given = *self.call[:3], self.update
@@ -98,6 +116,7 @@ class Residual(NamedTuple):
     def check(self) -> None:
         """Raise what the op would for these arguments."""
         x, h, v, _, _, kernel, x_bias, h_bias, precision = self.call
+        _check_tensors(x=x, h=h, v=v, update=self.update, **({} if self.signs is None else {"signs": self.signs}))
         if (geometries := self.call.geometries()) is None:
             linear_residual_shapes(x, h, v, *self[1:], x_bias, h_bias, precision)
         else:
@@ -128,6 +147,19 @@ def packed(name: str, geometry: ConvGeometry) -> list[int]:
 def shapes_of(x: Tensor, h: Tensor, v: Tensor) -> Shapes:
     """Channels and sizes of maps."""
     return (x.shape[1], h.shape[1], v.shape[1]), (_size(x), _size(h), _size(v))
+
+
+def _check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def _facts(value: Any) -> Any:
+    """Tell what counts of a tensor; anything else stays as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16
 
 
 def _size(maps: Tensor) -> tuple[int, int]:

@@ -25,10 +25,10 @@ from growkern.ops.moments.rows import (
     place,
     read_by,
 )
-from growkern.ops.moments.schedule import Tiles, bucket, schedule, upload
+from growkern.ops.moments.schedule import Tiles, bucket, schedule
 
-# What an address counts from: nothing, the memory and the results of a call, the ones, then the tensors of the sites.
-NOTHING, MEMORY, RESULTS, THE_ONES, TENSORS = range(5)
+# What an address counts from: nothing, the memory of a call, the ones, then of each site its results and its tensors.
+NOTHING, MEMORY, THE_ONES, SITES = range(4)
 
 Entry = int | tuple[int, int]  # a number, or what an address counts from and the bytes between
 Side = tuple[Entry, int, int]  # address, pitch, channels
@@ -59,25 +59,25 @@ class Layout:
     engine : gpu.Engine
         The kernels.
     like : Call
-        One with the device, dtype and precision of all sites.
+        One with the device, dtype and precision of all sites, and whose v is cut like theirs where v⊥ is formed.
     draws : int
         Of signs, as many for every site.
     apart : bool
         Whether sums of what shares its signs are kept apart, and combined under all draws.
-    targets : int
-        Most channels of v, where v⊥ is formed.
     """
 
-    def __init__(self, engine: gpu.Engine, like: Call, draws: int = 0, apart: bool = False, targets: int = 0) -> None:
+    def __init__(self, engine: gpu.Engine, like: Call, draws: int = 0, apart: bool = False) -> None:
         self._engine, self._precision, self._draws, self._apart = engine, like.precision, draws, apart
-        self._device, self._align, self._tile = like.x.device, 16 // like.x.itemsize, engine.subtract_tile(targets)
+        self._device, self._align = like.x.device, 16 // like.x.itemsize
+        self._tile = engine.subtract_tile(like.v.shape[1])
         self._ones = ones(like.x.dtype, like.x.device)
         self._plans: list[Plan] = []
         self._images: list[int] = []
         self._runs: list[int] = []
         self._reads: list[tuple[int, ConvGeometry]] = []  # sites whose h is read as one patch
         self._views: list[list[View]] = []
-        self._tensors = self._memory = self._elements = 0  # of the sites; bytes, and elements of the results, of a call
+        self._elements: list[int] = []  # of the results of each site
+        self._memory, self._site, self._taken = 0, SITES, 0  # bytes; base of the next site, and elements of its results
         self._tables = [_Table() for _ in range(6)]
         self._copies, self._weights, self._left, self._sources, self._signs, self._targets = self._tables
 
@@ -109,7 +109,7 @@ class Layout:
         )
         if draws:
             samples = tensors[4].shape[1]
-            self._signs.add((self._tensors + TENSORS + 4, 0), samples, samples)
+            self._signs.add((self._site + 5, 0), samples, samples)
         starts = [self._result((1 + draws, *shape)) for shape in plan.shapes]
         nulls = [
             _view(start + math.prod(shape), draws, *shape) for start, shape in zip(starts, plan.shapes, strict=True)
@@ -124,9 +124,8 @@ class Layout:
         images, runs = tuple(map(bucket, self._images)), tuple(self._runs) if self._apart else None
         device, processors = self._device, gpu.processors_of(self._device)
         plans = tuple(self._plans)
-        self._schedule = schedule(
-            plans, images, 1 + self._draws, runs, tiles, processors, gpu.SPLITS_ELEMENTS, device
-        )  # fmt: skip
+        draws, most = 1 + self._draws, gpu.SPLITS_ELEMENTS
+        self._schedule = schedule(plans, images, draws, runs, tiles, processors, most, device)
         _, start = self._reserve(4 * self._schedule.elements)
         self._workspace = slice(start // 4, start // 4 + self._schedule.elements)
         for table in self._tables:  # each starts at whole 16 bytes
@@ -137,31 +136,35 @@ class Layout:
 
     def run(self, sites: list[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
         """Sum up the sites, given in the order in which they were added."""
-        for site, consumer in self._reads:
-            x, h, v, *others = sites[site]
-            sites[site] = (x, read_by(consumer, h, v), v, *others)
+        for number, consumer in self._reads:
+            x, h, v, *others = sites[number]
+            sites[number] = (x, read_by(consumer, h, v), v, *others)
         memory = torch.empty(self._memory // 4, dtype=torch.float32, device=self._device)
-        results = torch.empty(self._elements, dtype=torch.float32, device=self._device)
-        bases = [0, memory.data_ptr(), results.data_ptr(), self._ones.data_ptr()]
-        bases += [tensor.data_ptr() for site in sites for tensor in site]
-        numbers = upload(np.array(bases, np.int64)[self._owners] + self._numbers, self._device)
+        results = [torch.empty(count, dtype=torch.float32, device=self._device) for count in self._elements]
+        bases = [0, memory.data_ptr(), self._ones.data_ptr()]
+        for own, site in zip(results, sites, strict=True):
+            bases += [own.data_ptr(), *[tensor.data_ptr() for tensor in site]]
+        numbers = _upload(np.array(bases, np.int64)[self._owners] + self._numbers, self._device)
         copies, weights, left, sources, signs, targets = numbers.split(self._sizes)
         engine, tables, precision, like = self._engine, self._schedule, self._precision, sites[0][0]
         engine.pack(copies.view(-1, COPY_FIELDS), self._copies.programs, like, like)
         if self._left.programs:
-            engine.pack(weights.view(-1, COPY_FIELDS), self._weights.programs, sites[0][3], results)
+            engine.pack(weights.view(-1, COPY_FIELDS), self._weights.programs, sites[0][3], memory)
             table = left.view(-1, SUBTRACT_FIELDS)
-            engine.subtract_group(table, self._left.programs, self._tile, like, results, self._align, precision)
+            engine.subtract_group(table, self._left.programs, self._tile, like, memory, self._align, precision)
         workspace = memory[self._workspace]
         multiplied = signs if self._draws and not self._apart else None
-        v = results if self._left.programs else like
+        v = memory if self._left.programs else like
         engine.correlate_group(sources, like, v, workspace, tables, precision, multiplied)
         if self._draws and self._apart:
             engine.combine_group(workspace, tables, signs)
         else:
             engine.reduce(workspace, tables)
         engine.assemble_group(tables.slots_of(workspace), tables, targets)
-        return [tuple(results.as_strided(*view) for view in views) for views in self._views]
+        # What is kept of one site keeps nothing of another.
+        return [
+            tuple([own.as_strided(*each) for each in views]) for own, views in zip(results, self._views, strict=True)
+        ]
 
     def _operands(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         operands = call.operands()
@@ -172,7 +175,7 @@ class Layout:
     def _side(self, number: int, tensor: Tensor) -> Side:
         """Find the rows of a tensor, or lay out a copy of them."""
         pitch, copied = place(tensor)
-        at = TENSORS + self._tensors + number, 0
+        at = self._site + 1 + number, 0
         return (
             (self._copy(self._copies, at, copied, tensor.itemsize), pitch, pitch)
             if copied
@@ -183,7 +186,7 @@ class Layout:
         """Lay out a copy of an update, (taps · channels + 1, targets), its bias last."""
         targets, features, item = len(update), taps * channels, update.itemsize
         by_target, by_feature = update.stride()
-        at, pitch = TENSORS + self._tensors + 3, targets + -targets % 4
+        at, pitch = self._site + 4, targets + -targets % 4
         weight = self._reserve(4 * (features + 1) * pitch)
         # Taps are its images, channels its pixels and targets its channels.
         taken = features, targets, pitch, channels, channels, by_feature, by_target, 0, taps * by_feature
@@ -207,9 +210,9 @@ class Layout:
 
     def _result(self, shape: tuple[int, ...]) -> int:
         """Set a result aside, 16 bytes aligned."""
-        start = self._elements
-        self._elements += -(-math.prod(shape) // 4) * 4
-        self._targets.add((RESULTS, 4 * start))
+        start = self._taken
+        self._taken += -(-math.prod(shape) // 4) * 4
+        self._targets.add((self._site, 4 * start))
         return start
 
     def _close(self, plan: Plan, call: Call, run: int, sides: list[Side], views: list[View], tensors: int) -> None:
@@ -220,7 +223,14 @@ class Layout:
         self._images.append(len(call.x))
         self._runs.append(run)
         self._views.append(views)
-        self._tensors += tensors
+        self._elements.append(self._taken)
+        self._site, self._taken = self._site + 1 + tensors, 0
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device without waiting for it."""
+    host = torch.from_numpy(array)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def _pack_programs(pixels: int, pitch: int) -> int:

@@ -227,19 +227,13 @@ def schedule(
     )
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to a device without waiting for it."""
-    host = torch.from_numpy(array)
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-
-
 def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tensor]:
-    """Copy arrays to a device in one go."""
+    """Copy arrays to a device in one go, and wait for it: other streams than this one may read what is kept."""
     bounds = np.cumsum([0] + [-(-array.nbytes // 16) * 16 for array in arrays])
     host = np.zeros(bounds[-1], np.uint8)
     for array, start in zip(arrays, bounds, strict=False):
         host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-    buffer = upload(host, device)
+    buffer = torch.from_numpy(host).to(device)
     return [
         buffer[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
         for array, start in zip(arrays, bounds.tolist(), strict=False)
@@ -249,7 +243,10 @@ def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tens
 def refuse_capture(device: torch.device) -> None:
     """Raise a RuntimeError while a CUDA graph is captured: what stays must be made before, by a first call."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("moments: run once with these shapes before capturing a CUDA graph: tables are made then")
+        raise RuntimeError(
+            "moments: run once with these shapes before capturing a CUDA graph: tables are made then; "
+            "for a group, call the ops of the sites one by one before capturing, as a graph measures them alone"
+        )
 
 
 def _same(piece: Piece) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import platformdirs
 import torch
 
+from growkern.ops.moments import group
 from growkern.ops.moments.schedule import Tiles
 
 __all__ = ["choose", "tuned_path", "write_tuned"]
@@ -89,6 +90,7 @@ def write_tuned(name: str, entries: Entries) -> Path:
     path.write_text(json.dumps(_tuned() | {name: list(kept.values())}, indent=1) + "\n")
     _tuned.cache_clear()
     choose.cache_clear()
+    group.forget()
     return path
 
 
