@@ -132,10 +132,11 @@ def launched(case: Conv2dCase | LinearCase, dtype: torch.dtype, precision: str, 
             gpu.moments(engine, call)
             group.grouped_moments(engine, [call] * 3)
         else:
-            signs = named["signs"][:, : -(-len(call.x) // ROWS_PER_SIGN)] if call.producer is None else named["signs"]
+            signs, run = named["signs"], named.get("rows_per_sign", 1)
+            runs = (signs[:, : -(-len(call.x) // ROWS_PER_SIGN)], ROWS_PER_SIGN)
             for residual in (
-                Residual(call, arguments[3], named["signs"]),
-                Residual(call, arguments[3].double(), signs, ROWS_PER_SIGN if call.producer is None else 1),
+                Residual(call, arguments[3], signs, run),
+                Residual(call, arguments[3].double(), *(runs if call.producer is None and run == 1 else (signs, run))),
             ):
                 gpu.residual(engine, residual)
                 group.grouped_residuals(engine, [residual] * 3)
