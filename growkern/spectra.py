@@ -59,7 +59,10 @@ def top_singular(
         w, vectors = w.flip(0), vectors.flip(1)
         residuals = (rest @ vectors[-block:]).norm(dim=0)
         count = min(most, int((w > above**2).sum()))
+        early = basis.shape[1] == 2 * block  # too early to tell that it will not pay
         if count > len(w) // 2:
+            if early:
+                continue
             return None
         if count >= block and bool((w[: count - block + 1] - w[block - 1 : count] <= 1e-6 * w[0]).any()):
             return None  # a block finds as many equal values as it has columns, and there may be more
@@ -69,7 +72,7 @@ def top_singular(
             found = basis @ vectors[:, :count]
             return w[:count].sqrt().view(*empty.shape[:-2], -1), found.view(*empty.shape[:-1], -1)
         left = (s // 3 - basis.shape[1]) / (2 * block)
-        if worst * (worst / before) ** left > 1e-10:  # in a bulk of noise it converges too slowly to pay
+        if not early and worst * (worst / before) ** left > 1e-10:  # in a bulk of noise it converges too slowly to pay
             return None
         before = worst or before
     return None

@@ -244,6 +244,20 @@ def test_whitened_targets_are_applied_as_they_are(lead, by_eigenvectors):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("most", "above"), [(8, None), (560, 1.2)])
+def test_singular_values_of_wide_matrices_take_no_decomposition_where_they_stand_out(monkeypatch, most, above):
+    """More directions than the first steps hold, and a bulk that is not far: nothing of full size is decomposed."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.randn(560, 576, generator=g, dtype=torch.float64) / 50  # the bulk ends at 0.95
+    t[:20, :20] += torch.diag(torch.linspace(8, 5, 20, dtype=torch.float64))
+    expected, sizes, eigh = torch.linalg.svdvals(t), [], ops.eigh
+    monkeypatch.setattr(ops, "eigh", lambda a: (sizes.append(a.shape[-1]), eigh(a))[1])
+    values, _ = Whitened(t[None]).singular(most, None if above is None else torch.tensor([above]))
+    wanted = 8 if above is None else 20
+    torch.testing.assert_close(values[0, :wanted], expected[:wanted], rtol=1e-12, atol=0)
+    assert max(sizes) < 560 // 2
+
+
 @pytest.mark.parametrize(("copies", "bulk"), [(20, 0.0), (40, 0.1)])
 def test_equal_singular_values_beyond_a_block_are_all_found(copies, bulk):
     g = torch.Generator().manual_seed(0)
