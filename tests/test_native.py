@@ -38,6 +38,11 @@ LARGE = [
         for name, channels in (("narrow", (8, 5, 4)), ("wide", (33, 17, 40)))
     ),
 ]
+# Runs of rows that share a sign, more than wait to be added up under the draws, and one that is divided.
+RUNS = [
+    LinearCase(op="linear_residual", name="runs", rows=1000, widths=(33, 65, 10), draws=17, rows_per_sign=64),
+    LinearCase(op="linear_residual", name="a long run", rows=12288, widths=(5, 17, 3), draws=2, rows_per_sign=8192),
+]
 # Even maps of enough channels and positions that sums are mixed from products of planes.
 PLANES = [
     Conv2dCase(
@@ -91,7 +96,7 @@ def test_moments_of_every_instruction_set(case):
 @every_set
 @pytest.mark.usefixtures("_instruction_set")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("case", LARGE + PLANES, ids=str)
+@pytest.mark.parametrize("case", LARGE + RUNS + PLANES, ids=str)
 def test_large_moments(case, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -102,7 +107,7 @@ def test_large_moments(case, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", LARGE + PLANES, ids=str)
+@pytest.mark.parametrize("case", LARGE + RUNS + PLANES, ids=str)
 def test_error_is_at_most_twice_that_of_pytorch(case):
     args, named = case.arguments(torch.float32, seed=3)
     double_args, double_named = to_double((args, named))
