@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stable_interface import assert_stable
 from torch.utils import cpp_extension
 
 from growkern.ops import native
@@ -101,15 +102,7 @@ def test_the_library_links_to_the_stable_interface_of_torch_2_11(build):
     library = build[0] / "library.so"
     linker = os.environ.get("CXX", "c++")
     subprocess.run([linker, "-shared", *objects, "-o", library], check=True)
-    listed = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
-    undefined = {line.split(" U ", 1)[1] for line in listed.stdout.splitlines() if " U " in line}
-    assert any(name.startswith("aoti_torch_get_current_cuda_stream") for name in undefined)
-    assert not [name for name in undefined if re.search(r"\b(at|c10|torch)::", name)]
-    shim = (Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h").read_text()
-    newer = re.split(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(?!9_|10_|11_)\d+_0", shim)[1:]
-    too_new = {name for part in newer for name in re.findall(r"\b((?:aoti_)?torch_\w+)\(", part.split("#endif")[0])}
-    assert too_new
-    assert not undefined & too_new
+    assert_stable(library, uses="aoti_torch_get_current_cuda_stream")
 
 
 # What setup.py decides -----------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The compiled library: every instruction set, what it links to, its memory, and what only it could get wrong."""
 
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import TOLERANCES, Conv2dCase, LinearCase, cases, error, to_double
+from stable_interface import assert_stable
 from test_ops_jacobi import TOLERANCES as EIGH_TOLERANCES
 from test_ops_jacobi import assert_decomposes, assert_same_values
 
@@ -261,15 +261,7 @@ def test_the_library_links_to_the_stable_interface_of_torch_2_11():
     if shutil.which("nm") is None:
         pytest.skip("no nm here")
     (library,) = PACKAGE.glob("_cpu.*")
-    listed = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
-    undefined = {line.split(" U ", 1)[1] for line in listed.stdout.splitlines() if " U " in line}
-    assert any(name.startswith("torch_call_dispatcher") for name in undefined)
-    assert not [name for name in undefined if re.search(r"\b(at|c10|torch)::", name)]
-    shim = (Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h").read_text()
-    newer = re.split(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(?!9_|10_|11_)\d+_0", shim)[1:]
-    too_new = {name for part in newer for name in re.findall(r"\b((?:aoti_)?torch_\w+)\(", part.split("#endif")[0])}
-    assert too_new
-    assert not undefined & too_new
+    assert_stable(library, uses="torch_call_dispatcher")
 
 
 def test_build_info_names_what_was_built():

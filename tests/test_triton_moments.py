@@ -2,22 +2,18 @@
 
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from cases import TOLERANCES, cases, error, to_double
+from processes import python
 
 from growkern.backend import INTERPRETED, use_backend
 from growkern.ops import ConvGeometry
 from growkern.ops.moments import Call, Residual, gpu, grouped_moments, grouped_residuals, schedule
 from growkern.ops.moments.schedule import Tiles
 
-ROOT = Path(__file__).parents[1]
 OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -28,20 +24,6 @@ CHOSEN = (
     " or square-center or (then and full) or (of and center) or images or xd71-center or first or xd72"
     " or draws-center".replace("xd7", "\\xd7")
 )
-
-
-def python(*arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
