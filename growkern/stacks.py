@@ -16,10 +16,12 @@ from torch import Tensor
 from growkern.moments import Moments
 from growkern.whitening import LARGEST_PADDED, padded, rounded
 
+_AS_MEASURED = ("xv", "hh", "vv", "null", "null_h")  # read once, if at all: a copy would take longer
+
 
 @dataclass(frozen=True)
 class Stack:
-    """Moments of B sites, as in `Moments` with a leading dimension; the draws in the dtype they were measured in.
+    """Moments of B sites, as in `Moments` with a leading dimension; `_AS_MEASURED` in their own dtype, else float64.
 
     Attributes
     ----------
@@ -58,7 +60,7 @@ class Stack:
         """Features of x that are not the ones that h has too, (B, p)."""
         p, q = (self.numbers([len(getattr(each, name)) for each in self.parts])[:, None] - 1 for name in ("xx", "hh"))
         x_ones = self.xx.diagonal(dim1=1, dim2=2).gather(1, p.long())
-        h_ones = self.hh.diagonal(dim1=1, dim2=2).gather(1, q.long())
+        h_ones = self.hh.diagonal(dim1=1, dim2=2).gather(1, q.long()).double()
         shared = self.numbers([each.x_bias and each.h_bias for each in self.parts]).bool()[:, None]
         shared = shared & torch.isclose(x_ones, h_ones, rtol=1e-6)
         return ~(shared & (torch.arange(self.xx.shape[1], device=self.xx.device) == p))
@@ -130,7 +132,7 @@ def stack(parts: Sequence[Moments]) -> Stack:
     """Stack moments that `groups` has put together."""
     tensors = {name: padded([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
     finite = {name: _finite(tensor.flatten(1)) for name, tensor in tensors.items()}
-    wide = {name: tensor if name.startswith("null") else tensor.double() for name, tensor in tensors.items()}
+    wide = {name: tensor if name in _AS_MEASURED else tensor.double() for name, tensor in tensors.items()}
     return Stack(list(parts), parts[0].offsets, parts[0].vv.dtype, finite, **wide)
 
 
