@@ -282,9 +282,10 @@ def _metric(m: Stack, rule: Method, hh: Factor | None, by_eigenvectors: bool) ->
         return m.xx, Factor(m.xx, None, m.dtype, by_eigenvectors) if rule.whiten_x else None
     assert m.xh is not None and hh is not None  # noqa: PT018
     passed = hh.whiten(m.xh.mT)  # (B, q, p)
-    complement = (m.xx - passed.mT @ passed) * m.apart[:, None] * m.apart[..., None]
-    diagonal = m.xx.diagonal(dim1=1, dim2=2) * (complement.diagonal(dim1=1, dim2=2) > 0)
-    return complement, Factor(complement, diagonal, m.dtype, by_eigenvectors)
+    complement = m.xx - passed.mT @ passed
+    apart = m.apart & (complement.diagonal(dim1=1, dim2=2) > 0)
+    complement = complement * apart[:, None] * apart[..., None]
+    return complement, Factor(complement, m.xx.diagonal(dim1=1, dim2=2) * apart, m.dtype, by_eigenvectors)
 
 
 def _scaled(

@@ -117,9 +117,9 @@ def solve_together(
         stacks = [stack([left[name] for name in names]) for names in together]
         solutions = [run(each, by_eigenvectors) for each in stacks]
         tables = _to_host([_table(*both) for both in zip(stacks, solutions, strict=True)])
-        for names, solution, table in zip(together, solutions, tables, strict=True):
+        for names, each, solution, table in zip(together, stacks, solutions, tables, strict=True):
             for row, (name, column) in enumerate(zip(names, table, strict=True)):
-                fields = _unstacked(left[name], solution, row, column)
+                fields = _unstacked(left[name], list(each.finite), solution, row, column)
                 found |= {} if fields is None else {name: fields}
         left = {name: each for name, each in left.items() if name not in found}
     if left:
@@ -169,9 +169,10 @@ def _to_host(tables: Sequence[Tensor]) -> list[list[list[float]]]:
     return out
 
 
-def _unstacked(moments: Moments, solution: Solution, row: int, column: list[float]) -> dict[str, Any] | None:
+def _unstacked(
+    moments: Moments, names: list[str], solution: Solution, row: int, column: list[float]
+) -> dict[str, Any] | None:
     """Fields of one site without padding; None if its moments have no such factors."""
-    names = list(moments.tensors())
     finite, (sound, count), numbers = column[: len(names)], column[len(names) :][:2], column[len(names) + 2 :]
     for name, good in zip(names, finite, strict=True):
         if not good:
@@ -184,7 +185,7 @@ def _unstacked(moments: Moments, solution: Solution, row: int, column: list[floa
     fields: dict[str, Any] = {"mean": None, "variance": None, "noise": None, "cut": 0}
     for name, tensor in solution.tensors.items():
         fields[name] = tensor[row][tuple(map(slice, sizes[name]))].clone(memory_format=torch.contiguous_format)
-    fields |= dict(zip(solution.facts, numbers, strict=True))
+    fields.update(zip(solution.facts, numbers, strict=True))
     return fields | {name: int(fields[name]) for name in ("rank", "cut")}
 
 

@@ -110,7 +110,7 @@ class Factor:
 
 
 def _filled(a: Tensor, alive: Tensor) -> Tensor:
-    """Moments with 1 on the diagonal of features that are never seen, and are zeros so far; a copy only where needed."""
+    """Put 1 on the diagonal of features that are never seen, whose rows and columns are 0; a copy only if need be."""
     if not a.is_cuda and bool(alive.all()):
         return a
     return a + torch.diag_embed((~alive).double())
@@ -253,7 +253,7 @@ class Whitened:
         return w.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
 
     def _few(self, most: int, above: float) -> tuple[Tensor, Tensor] | None:
-        """What `singular` gives, by block Lanczos; None where that would not pay."""
+        """Do what `singular` does by block Lanczos; None where that would not pay."""
         first, second = (self.back, self.times) if self.shape[-2] < self.shape[-1] else (self.times, self.back)
         *lead, longer = *self.shape[:-2], max(self.shape[-2:])
         places = torch.arange(longer * BLOCK, dtype=self._target.dtype, device=self._target.device)
