@@ -81,9 +81,26 @@ def top_singular(
     return None
 
 
-def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
-    """Largest eigenvalue (..., d) of symmetric operators on the columns of (..., n, d), by steps of Lanczos' method."""
-    basis = start.new_zeros(*start.shape, 0)  # (..., n, d, steps so far)
+def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int, settle: bool = False) -> Tensor:
+    """Largest eigenvalue of symmetric operators on the columns of a tensor, by Lanczos' method.
+
+    Parameters
+    ----------
+    apply : callable
+        Takes (..., n, d) to (..., n, d), each column by an operator of its own.
+    start : Tensor
+        (..., n, d).
+    steps : int
+        How many at most.
+    settle : bool
+        Stop where two more steps have changed none by more than 1e-5 of it; this looks at the values.
+
+    Returns
+    -------
+    Tensor
+        (..., d).
+    """
+    basis, before = start.new_zeros(*start.shape, 0), None  # (..., n, d, steps so far)
     rows: list[Tensor] = []
     for step in range(steps):
         length = start.norm(dim=-2, keepdim=True)
@@ -95,8 +112,14 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: 
             start = start - torch.einsum("...ndk,...dk->...nd", basis, along)
             if not again:
                 rows.append(torch.nn.functional.pad(along, (0, steps - step - 1)))
-    projected = torch.stack(rows, -2)  # (..., d, steps, steps), of which the lower triangle counts
-    return ops.eigh(projected)[0][..., -1]
+        if step + 1 < steps and not (settle and step >= 5 and step % 2):
+            continue
+        projected = torch.stack(rows, -2)[..., : step + 1]  # (..., d, k, k), of which the lower triangle counts
+        largest = ops.eigh(projected)[0][..., -1]
+        if step + 1 == steps or (before is not None and bool(((largest - before).abs() <= 1e-5 * largest).all())):
+            break
+        before = largest
+    return largest
 
 
 def dominant(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:

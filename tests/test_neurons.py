@@ -10,6 +10,7 @@ from torch import nn
 
 import growkern as gk
 from growkern import ops, whitening
+from growkern.spectra import largest_eigenvalue
 from growkern.whitening import Factor, Whitened
 
 
@@ -266,6 +267,21 @@ def test_equal_singular_values_beyond_a_block_are_all_found(copies, bulk):
     s[:copies] = 1
     values, _ = Whitened((u * s @ v.mT)[None]).singular(200, torch.tensor([0.5]))
     assert (values[0] > 0.5).sum() == copies
+
+
+def test_largest_eigenvalues_settle_where_spectra_decay():
+    g = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(4, 300, 300, generator=g, dtype=torch.float64))[0]
+    spectra = torch.linspace(1, 3, 4, dtype=torch.float64)[:, None] * 0.8 ** torch.arange(300, dtype=torch.float64)
+    operators, calls = vectors * spectra[:, None] @ vectors.mT, []
+
+    def apply(b):
+        calls.append(b)
+        return torch.einsum("dmn,nd->md", operators, b)
+
+    found = largest_eigenvalue(apply, torch.randn(300, 4, generator=g, dtype=torch.float64), 30, settle=True)
+    torch.testing.assert_close(found, spectra[:, 0], rtol=1e-10, atol=0)
+    assert len(calls) < 15
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
