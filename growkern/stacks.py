@@ -184,7 +184,10 @@ def _unstacked(
     sizes |= {"mean": (k,), "variance": (k,)}
     fields: dict[str, Any] = {"mean": None, "variance": None, "noise": None, "cut": 0}
     for name, tensor in solution.tensors.items():
-        fields[name] = tensor[row][tuple(map(slice, sizes[name]))].clone(memory_format=torch.contiguous_format)
+        part = tensor[row]
+        for dim, size in enumerate(sizes[name]):
+            part = part if part.shape[dim] == size else part.narrow(dim, 0, size)
+        fields[name] = part.clone(memory_format=torch.contiguous_format)
     fields.update(zip(solution.facts, numbers, strict=True))
     return fields | {name: int(fields[name]) for name in ("rank", "cut")}
 

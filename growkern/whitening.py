@@ -239,8 +239,8 @@ class Whitened:
         Returns
         -------
         values, vectors : Tensor
-            All of them, or of a wide matrix perhaps only those that are wanted. NaN where the eigenproblem of the
-            Gram side did not converge.
+            All values, or of a wide matrix perhaps only those that are wanted, with at least their vectors. NaN where
+            the eigenproblem of the Gram side did not converge.
         """
         *lead, rows, columns = self.shape
         alone, narrow = all(n == 1 for n in lead), min(rows, columns)
@@ -250,7 +250,7 @@ class Whitened:
                 return found
         side = self.matrix if rows < columns else self.matrix.mT  # (..., s, l)
         w, vectors = ops.eigh(side @ side.mT)
-        return w.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+        return w.flip(-1).clamp_min(0).sqrt(), vectors[..., max(narrow - most, 0) :].flip(-1)
 
     def _few(self, most: int, above: float) -> tuple[Tensor, Tensor] | None:
         """Do what `singular` does by block Lanczos; None where that would not pay."""
