@@ -29,14 +29,14 @@ class Stack:
         Those that are stacked.
     offsets, dtype : int, torch.dtype
         What all of them share; `dtype` is that of the sums.
-    finite : dict of str to Tensor
-        By name of the tensor, (B,) whether it is.
+    finite : Tensor
+        (B,) whether all that was measured is.
     """
 
     parts: list[Moments]
     offsets: int
     dtype: torch.dtype
-    finite: dict[str, Tensor]
+    finite: Tensor
     xx: Tensor
     xv: Tensor
     hh: Tensor
@@ -117,9 +117,9 @@ def solve_together(
         stacks = [stack([left[name] for name in names]) for names in together]
         solutions = [run(each, by_eigenvectors) for each in stacks]
         tables = _to_host([_table(*both) for both in zip(stacks, solutions, strict=True)])
-        for names, each, solution, table in zip(together, stacks, solutions, tables, strict=True):
+        for names, solution, table in zip(together, solutions, tables, strict=True):
             for row, (name, column) in enumerate(zip(names, table, strict=True)):
-                fields = _unstacked(left[name], list(each.finite), solution, row, column)
+                fields = _unstacked(left[name], solution, row, column)
                 found |= {} if fields is None else {name: fields}
         left = {name: each for name, each in left.items() if name not in found}
     if left:
@@ -131,7 +131,9 @@ def solve_together(
 def stack(parts: Sequence[Moments]) -> Stack:
     """Stack moments that `groups` has put together."""
     tensors = {name: padded([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
-    finite = {name: _finite(tensor.flatten(1)) for name, tensor in tensors.items()}
+    rows = [tensor.flatten(1) for tensor in tensors.values() if tensor.numel()]
+    ends = [end(1) for each in rows for end in (each.amin, each.amax)]  # NaN is passed on; `aminmax` takes longer
+    finite = torch.stack([end.double() for end in ends]).isfinite().all(0)
     wide = {name: tensor if name in _AS_MEASURED else tensor.double() for name, tensor in tensors.items()}
     return Stack(list(parts), parts[0].offsets, parts[0].vv.dtype, finite, **wide)
 
@@ -152,9 +154,7 @@ def groups(moments: Mapping[str, Moments], key: Callable[[Moments], Hashable]) -
 
 def _table(m: Stack, solution: Solution) -> Tensor:
     """All that the host must know, (facts, B)."""
-    return torch.stack(
-        [t.double() for t in (*m.finite.values(), solution.sound, solution.count, *solution.facts.values())]
-    )
+    return torch.stack([t.double() for t in (m.finite, solution.sound, solution.count, *solution.facts.values())])
 
 
 def _to_host(tables: Sequence[Tensor]) -> list[list[list[float]]]:
@@ -169,14 +169,12 @@ def _to_host(tables: Sequence[Tensor]) -> list[list[list[float]]]:
     return out
 
 
-def _unstacked(
-    moments: Moments, names: list[str], solution: Solution, row: int, column: list[float]
-) -> dict[str, Any] | None:
+def _unstacked(moments: Moments, solution: Solution, row: int, column: list[float]) -> dict[str, Any] | None:
     """Fields of one site without padding; None if its moments have no such factors."""
-    finite, (sound, count), numbers = column[: len(names)], column[len(names) :][:2], column[len(names) + 2 :]
-    for name, good in zip(names, finite, strict=True):
-        if not good:
-            raise ValueError(f"moments: {name} of site {moments.site.name!r} is not finite")
+    finite, sound, count, *numbers = column
+    if not finite:
+        names = [name for name, tensor in moments.tensors().items() if not tensor.isfinite().all()]
+        raise ValueError(f"moments: {', '.join(names)} of site {moments.site.name!r} is not finite")
     if not sound:
         return None
     (p, t), (q, r), k = moments.xv.shape, moments.hv.shape, int(count)
@@ -190,10 +188,3 @@ def _unstacked(
         fields[name] = part.clone(memory_format=torch.contiguous_format)
     fields.update(zip(solution.facts, numbers, strict=True))
     return fields | {name: int(fields[name]) for name in ("rank", "cut")}
-
-
-def _finite(rows: Tensor) -> Tensor:
-    """Whether all entries of each row are."""
-    if not rows.shape[1]:
-        return rows.new_ones(len(rows), dtype=torch.bool)
-    return rows.amin(1).isfinite() & rows.amax(1).isfinite()  # NaN is passed on; `aminmax` takes 20 times as long

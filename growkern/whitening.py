@@ -113,7 +113,9 @@ def _filled(a: Tensor, alive: Tensor) -> Tensor:
     """Put 1 on the diagonal of features that are never seen, whose rows and columns are 0; a copy only if need be."""
     if not a.is_cuda and bool(alive.all()):
         return a
-    return a + torch.diag_embed((~alive).double())
+    a = a.clone()
+    a.diagonal(dim1=-2, dim2=-1).add_((~alive).double())
+    return a
 
 
 def least_squares(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
