@@ -20,8 +20,6 @@ from growkern.probe import LossFn, Probe, measured_together, residuals_together
 from growkern.sites import GrowthSite
 from growkern.whitening import least_squares
 
-_TENSORS = "xx xv hh hv vv xh xr null null_h x_mean x_second update".split()
-
 
 @dataclass
 class Moments:
@@ -88,7 +86,7 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors that were measured, by name."""
-        return {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, *args: Any, **kwargs: Any) -> Moments:
         """Copy with every tensor moved or cast as by `Tensor.to`."""

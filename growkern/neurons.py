@@ -201,14 +201,12 @@ def _solve(
 
     limits = [min(each.xv.shape) if neurons == "auto" else int(neurons) // units for each in m.parts]
     limits = limits if max_neurons is None else [min(limit, max_neurons // units) for limit in limits]
-    noise = None
+    noise = threshold(m, x, v, hh, bottleneck, rule.project) if neurons == "auto" else None
     if rule.starts_at_zero == "fan_out":
         count = m.numbers(limits) * units // unit * unit // units
         alpha, omega, values = _random(m.parts[0], int(limits[0] * units // unit * unit // units))
     else:
         t = Whitened(target, x, v, m.offsets)
-        if neurons == "auto":
-            noise = threshold(m, x, v, hh, bottleneck, rule.project)
         values, side = t.singular(max(limits), noise)
         sound.append(~values.isnan().any(1) & (power if noise is None else noise).isfinite())
         scale = m.xv.flatten(1).double().norm(dim=1) if x is None else (v.rank if v else power).sqrt()
