@@ -22,27 +22,11 @@ struct Term {
   T coefficient;
 };
 
-// Along one axis, tile t of a plane is a[stride·t + first] + sign·a[stride·t + second], without the second at 0.
-struct Blend {
-  int64_t stride, first, second, sign;
-};
-
 // The sums over the same positions of u, one for each shift of v.
 struct Group {
   int64_t row, column;          // −1 stands for all
   std::vector<int64_t> shifts;  // in positions of the packed map; narrow panels reach the next ones too
   int64_t first;                // the number of sums in the groups before this one
-  // Instead of the maps, planes of them; strides of 0 for none.
-  std::array<Blend, 2> u_blends{}, v_blends{};
-
-  bool blended() const { return u_blends[0].stride > 0; }
-};
-
-// Adds coefficient · the sum of group `from` to sum `vector` of the mixed group.
-template <class T>
-struct Mix {
-  int64_t vector, from;
-  T coefficient;
 };
 
 template <class T>
@@ -57,8 +41,7 @@ struct Moment {
   T* null = nullptr;  // the same under each of v's draws of signs, one after the other
 
   std::vector<Group> groups;
-  int64_t mixed = -1;  // the group that is not summed but mixed from others, if any
-  std::vector<Mix<T>> mixes;
+  int64_t transformed = -1;  // the group whose sums a Spectrum makes, if any
   int64_t sums = 0;
   std::vector<std::vector<Term<T>>> terms;  // of each pair of taps; of a symmetric one only a ≤ b
 

@@ -1,10 +1,11 @@
 // Runs moments over a batch: pack some images, multiply, and in the end assemble the results.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <vector>
 
-#include "correlation.h"
+#include "spectrum.h"
 
 namespace growkern {
 
@@ -37,6 +38,12 @@ struct Schedule {
   std::vector<Item<T>> items;
   std::vector<size_t> order;  // the most expensive item first, so that threads end together
   int64_t parts, images_at_once, sum_elements;
+  std::map<const Moment<T>*, std::vector<const Item<T>*>> held;
+
+  // The item that has the sums of two blocks, or the first of them.
+  const Item<T>* holder(const Moment<T>& moment, int64_t u, int64_t v) const {
+    return held.at(&moment)[u * moment.v->blocks + v];
+  }
 };
 
 template <class T>
@@ -44,6 +51,7 @@ struct Batch {
   int64_t images;
   std::vector<std::unique_ptr<Source<T>>> sources;
   std::vector<Moment<T>> moments;
+  Spectrum<T> spectrum;
 
   void run();
 

@@ -12,8 +12,6 @@
 
 namespace growkern {
 
-using Pair = std::array<int64_t, 2>;  // rows, columns
-
 // A tensor (images, channels, rows, columns) in its own memory.
 struct Map {
   const void* data;

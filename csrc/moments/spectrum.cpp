@@ -1,0 +1,259 @@
+#include "spectrum.h"
+
+#include <cmath>
+#include <cstring>
+#include <numbers>
+
+#include "../parallel.h"
+
+namespace growkern {
+namespace {
+
+// From so many shifts on, and so many tiles of images, transforms and mixing are worth the products that are saved.
+constexpr int64_t kLeastShifts = 5, kLeastTiles = 16;
+// Positions of a tile along one axis at most: more frequencies each have fewer tiles to sum, and cost more to mix.
+constexpr int64_t kMostPositions = 20;
+// Memory for planes at one time, about, and columns of frequencies for which they are made together at most.
+constexpr int64_t kPlaneBytes = 16 << 20, kMostColumns = 4;
+// Blocks of u and v of a task: its products stay in the L2 cache until they are mixed.
+constexpr Pair kTaskBlocks{2, 4};
+// Positions summed in a register at once.
+constexpr int64_t kChain = 128;
+
+int64_t fours(int64_t count) { return (count + 3) / 4 * 4; }
+
+}  // namespace
+
+template <class T>
+double Spectrum<T>::Axis::angle(int64_t frequency, int64_t position) const {
+  const int64_t turned = ((frequency * position) % length + length) % length;
+  return 2 * std::numbers::pi * static_cast<double>(turned) / static_cast<double>(length);
+}
+
+// Real and imaginary part of exp(−2πi·frequency·position / length), rows of positions.
+template <class T>
+std::vector<T> Spectrum<T>::Axis::waves(int64_t first, int64_t count) const {
+  const int64_t row = fours(2 * count), rows = tile + high - low;
+  std::vector<T> table(rows * row, T{0});
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < count; ++k) {
+      table[i * row + 2 * k] = static_cast<T>(std::cos(angle(first + k, low + i)));
+      table[i * row + 2 * k + 1] = static_cast<T>(-std::sin(angle(first + k, low + i)));
+    }
+  }
+  return table;
+}
+
+template <class T>
+void Spectrum<T>::lay_out(Axis& axis, int64_t u_size, int64_t v_size) const {
+  axis.tiles = (u_size + kMostPositions - 1) / kMostPositions;
+  axis.tile = (u_size + axis.tiles - 1) / axis.tiles;
+  // Positions of v less those of u, modulo the length, have to tell all shifts from all others that are met.
+  const int64_t first = axis.tiles > 1 ? axis.low : 0;
+  const int64_t last = axis.tiles > 1 ? axis.tile + axis.high : std::min(v_size, axis.tile + axis.high);
+  axis.length = std::max({last - axis.low, axis.tile + axis.high - first, int64_t{2}});
+  axis.length += axis.length % 2;
+}
+
+template <class T>
+const typename Spectrum<T>::Side* Spectrum<T>::side(const Source<T>* source, bool left) {
+  for (const auto& known : sides_)
+    if (known->source == source && known->left == left) return known.get();
+  sides_.push_back(std::make_unique<Side>(Side{source, left, blocks_}));
+  blocks_ += source->blocks;
+  return sides_.back().get();
+}
+
+template <class T>
+void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
+  Pair u_size{0, 0}, v_size{0, 0};
+  for (Moment<T>& moment : moments) {
+    const Source<T>&u = *moment.u, &v = *moment.v;
+    if (u.width < kLanes<T> || v.width < kLanes<T> || v.draws > 0 || u.blocks * v.blocks == 0) continue;
+    const Pair columns = shift_range(moment.u_window, moment.v_window, 1);
+    if (2 * std::max(std::abs(columns[0]), std::abs(columns[1])) >= u.pitch[1]) continue;  // rows could not be told apart
+    for (const Group& group : moment.groups) {
+      if (group.row >= 0 || group.column >= 0 || static_cast<int64_t>(group.shifts.size()) < kLeastShifts) continue;
+      moment.transformed = &group - moment.groups.data();
+      for (int axis : {0, 1}) {
+        const Pair range = shift_range(moment.u_window, moment.v_window, axis);
+        axes_[axis].low = std::min(axes_[axis].low, range[0]);
+        axes_[axis].high = std::max(axes_[axis].high, range[1]);
+        u_size[axis] = std::max(u_size[axis], u.size[axis]);
+        v_size[axis] = std::max(v_size[axis], v.size[axis]);
+      }
+    }
+  }
+  if (u_size == Pair{0, 0}) return;
+  for (int axis : {0, 1}) lay_out(axes_[axis], u_size[axis], v_size[axis]);
+  const bool pays = images * axes_[0].tiles * axes_[1].tiles >= kLeastTiles;
+  for (Moment<T>& moment : moments) {
+    if (!pays) moment.transformed = -1;
+    if (moment.transformed < 0) continue;
+    const Side *u = side(moment.u, true), *v = side(moment.v, false);
+    for (int64_t u0 = 0; u0 < moment.u->blocks; u0 += kTaskBlocks[0])
+      for (int64_t v0 = moment.symmetric ? u0 : 0; v0 < moment.v->blocks; v0 += kTaskBlocks[1])
+        tasks_.push_back({&moment, u, v, u0, std::min(u0 + kTaskBlocks[0], moment.u->blocks), v0,
+                          std::min(v0 + kTaskBlocks[1], moment.v->blocks)});
+  }
+}
+
+template <class T>
+typename Spectrum<T>::Span Spectrum<T>::span(const Axis& axis, const Side& side, int index, int64_t tile) const {
+  const int64_t origin = tile * axis.tile, size = side.source->size[index];
+  const int64_t first = std::max<int64_t>(0, origin + (side.left ? 0 : axis.low));
+  const int64_t last = std::min(size, origin + axis.tile + (side.left ? 0 : axis.high));
+  return {first, std::max(first, last), first - origin - axis.low};
+}
+
+// Writes a block of an image to the planes: rows of the map first, then columns of real and of imaginary parts.
+template <class T>
+void Spectrum<T>::transform(const Side& side, const Panels<T>& panels, int64_t block, int64_t image) {
+  const Source<T>& source = *side.source;
+  const Axis &down = axes_[0], &along = axes_[1];
+  const T* in = panels.first + block * panels.block_elements + image * source.image_elements();
+  const int64_t lanes = kLanes<T>, row = fours(2 * columns_), column = fours(2 * down.half());
+  std::vector<T> rows, parts(2 * column * lanes);
+  std::vector<const T*> from;
+  for (int64_t ty = 0; ty < down.tiles; ++ty) {
+    for (int64_t tx = 0; tx < along.tiles; ++tx) {
+      const Span y = span(down, side, 0, ty), x = span(along, side, 1, tx);
+      const int64_t height = x.last > x.first ? y.last - y.first : 0;
+      from.clear();
+      for (int64_t i = 0; i < height; ++i) from.push_back(in + ((y.first + i) * source.pitch[1] + x.first) * lanes);
+      rows.assign(height * row * lanes, T{0});
+      if (height > 0)
+        kernels<T>().multiply({{1, 1, x.last - x.first}, {0, 0, row}, {0, 0, lanes}},
+                              column_waves_.data() + x.row * row, row, from.data(), 0, height,
+                              {rows.data(), row * lanes, lanes});
+      for (int64_t k = 0; k < columns_; ++k) {
+        std::fill(parts.begin(), parts.end(), T{0});
+        const T* halves[] = {rows.data() + 2 * k * lanes, rows.data() + (2 * k + 1) * lanes};
+        if (height > 0)
+          kernels<T>().multiply({{1, 1, height}, {0, 0, column}, {0, 0, row * lanes}},
+                                row_waves_.data() + y.row * column, column, halves, 0, along.real(first_ + k) ? 1 : 2,
+                                {parts.data(), column * lanes, lanes});
+        const int64_t position = (image * down.tiles + ty) * along.tiles + tx;
+        T* out = planes_.get() + (side.start + block) * block_ + plane(k, 0, 0) + position * lanes;
+        kernels<T>().join(parts.data(), column * lanes, down.half(), side.left, out, plane_);
+      }
+    }
+  }
+}
+
+template <class T>
+void Spectrum<T>::multiply(const Task& task, const Places<T>& places) {
+  const Axis &down = axes_[0], &along = axes_[1];
+  const int64_t square = kLanes<T> * kLanes<T>, v_count = task.v1 - task.v0, pairs = (task.u1 - task.u0) * v_count;
+  const int64_t products = down.half() * 6 * square, rows = (2 * down.reach() + 1) * 2 * square;
+  std::vector<T> sums(pairs * products);
+  const Buffer<double> mixed = allocate<double>(pairs * columns_ * rows);
+  std::vector<const T*> right;
+  for (int64_t v = task.v0; v < task.v1; ++v) right.push_back(planes_.get() + (task.v->start + v) * block_);
+  const auto each_pair = [&](const auto& body) {
+    for (int64_t u = task.u0; u < task.u1; ++u)
+      for (int64_t v = task.moment->symmetric ? std::max(task.v0, u) : task.v0; v < task.v1; ++v)
+        body(u, v, (u - task.u0) * v_count + v - task.v0);
+  };
+  for (int64_t k = 0; k < columns_; ++k) {
+    std::fill(sums.begin(), sums.end(), T{0});
+    for (int64_t i = 0; i < down.half(); ++i) {
+      const int64_t signs = along.real(first_ + k) || down.real(i) ? 1 : 2;
+      for (int64_t part = 0; part < 3 * signs; ++part) {
+        for (int64_t start = 0; start < positions_; start += kChain) {
+          const int64_t place = plane(k, i, 0) + part * plane_ + start * kLanes<T>;
+          const Walk walk{{1, 1, std::min(kChain, positions_ - start)}, {0, 0, kLanes<T>}, {0, 0, kLanes<T>}};
+          for (int64_t u = task.u0; u < task.u1; ++u) {
+            const int64_t skipped = task.moment->symmetric ? std::max<int64_t>(0, u - task.v0) : 0;
+            T* to = sums.data() + ((u - task.u0) * v_count + skipped) * products + (i * 6 + part) * square;
+            kernels<T>().multiply(walk, planes_.get() + (task.u->start + u) * block_ + place,
+                                  task.moment->u->channels_of(u), right.data() + skipped, place, v_count - skipped,
+                                  {to, products});
+          }
+        }
+      }
+    }
+    each_pair([&](int64_t, int64_t, int64_t pair) {
+      kernels<T>().mix_rows(sums.data() + pair * products, down.half(),
+                            row_mix_.data() + k * down.half() * (down.reach() + 1) * 2, down.reach(),
+                            mixed.get() + (pair * columns_ + k) * rows);
+    });
+  }
+  each_pair([&](int64_t u, int64_t v, int64_t pair) {
+    store(task, u, v, mixed.get() + pair * columns_ * rows, places);
+  });
+}
+
+// Adds what a pair of blocks gives to the sums; (v, u) at shift −d is (u, v) at d, transposed.
+template <class T>
+void Spectrum<T>::store(const Task& task, int64_t u, int64_t v, const double* rows, const Places<T>& places) const {
+  const Moment<T>& moment = *task.moment;
+  const Pair reach{axes_[0].reach(), axes_[1].reach()};
+  const auto& shifts = moment.groups[moment.transformed].shifts;
+  const int64_t square = kLanes<T> * kLanes<T>, count = (2 * reach[0] + 1) * (2 * reach[1] + 1);
+  const bool mirrored = moment.symmetric && u != v;
+  std::vector<T> sums(count * square);
+  kernels<T>().mix_columns(rows, columns_, column_mix_.data(), reach, sums.data());
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t y = i / (2 * reach[1] + 1) - reach[0], x = i % (2 * reach[1] + 1) - reach[1];
+    const T* from = sums.data() + i * square;
+    const auto wanted = [&](int64_t shift) {
+      const auto found = std::lower_bound(shifts.begin(), shifts.end(), shift);
+      return found != shifts.end() && *found == shift ? found - shifts.begin() : -1;
+    };
+    const int64_t shift = y * moment.u->pitch[1] + x, vector = wanted(shift), opposite = wanted(-shift);
+    if (vector >= 0) {
+      T* to = places(moment, u, v, vector);
+      for (int64_t e = 0; e < square; ++e) to[e] += from[e];
+    }
+    if (mirrored && opposite >= 0) {
+      T* to = places(moment, v, u, opposite);
+      for (int64_t row = 0; row < kLanes<T>; ++row)
+        for (int64_t lane = 0; lane < kLanes<T>; ++lane) to[row * kLanes<T> + lane] += from[lane * kLanes<T> + row];
+    }
+  }
+}
+
+template <class T>
+void Spectrum<T>::add(const std::vector<Panels<T>>& panels, int64_t images, const Places<T>& places) {
+  const Axis &down = axes_[0], &along = axes_[1];
+  positions_ = images * down.tiles * along.tiles;
+  plane_ = (positions_ + 1 - positions_ % 2) * kLanes<T>;  // an odd number of rows: no two planes share cache sets
+  const int64_t column_bytes = blocks_ * plane(1, 0, 0) * static_cast<int64_t>(sizeof(T));
+  const int64_t most = std::clamp<int64_t>(kPlaneBytes / column_bytes, 1, std::min(kMostColumns, along.half()));
+  row_waves_ = down.waves(0, down.half());
+  for (first_ = 0; first_ < along.half(); first_ += columns_) {
+    columns_ = std::min(most, along.half() - first_);
+    block_ = plane(columns_, 0, 0);
+    if (allocated_ < blocks_ * block_) planes_ = allocate<T>(allocated_ = blocks_ * block_);
+    column_waves_ = along.waves(first_, columns_);
+    row_mix_.clear();
+    column_mix_.clear();
+    for (int64_t k = 0; k < columns_; ++k) {
+      const bool real = along.real(first_ + k);
+      for (int64_t i = 0; i < down.half(); ++i) {
+        // Every frequency stands for its opposite too, unless it is its own.
+        const double weight = (real && down.real(i) ? 1.0 : 2.0) / static_cast<double>(down.length * along.length);
+        for (int64_t shift = 0; shift <= down.reach(); ++shift) {
+          row_mix_.push_back(weight * std::cos(down.angle(i, shift)));
+          row_mix_.push_back(weight * std::sin(down.angle(i, shift)));
+        }
+      }
+      for (int64_t shift = -along.reach(); shift <= along.reach(); ++shift) {
+        column_mix_.push_back(std::cos(along.angle(first_ + k, shift)));
+        column_mix_.push_back(real ? 0.0 : std::sin(along.angle(first_ + k, shift)));
+      }
+    }
+    parallel(blocks_ * images, [&](int64_t task) {
+      const int64_t block = task % blocks_;
+      const auto side = std::find_if(sides_.rbegin(), sides_.rend(), [&](const auto& s) { return s->start <= block; });
+      transform(**side, panels[(*side)->source->index], block - (*side)->start, task / blocks_);
+    });
+    parallel(static_cast<int64_t>(tasks_.size()), [&](int64_t i) { multiply(tasks_[i], places); });
+  }
+}
+
+template class Spectrum<float>;
+template class Spectrum<double>;
+
+}  // namespace growkern
