@@ -219,11 +219,14 @@ Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t im
   plan.parts = possible >= few && !together ? std::min(wanted, possible) : 1;
   int64_t budget = kPartPanelBytes;
   if (plan.parts < few || together) {
-    budget = kBatchPanelBytes + bytes / 2;
+    // Transforms are mixed once for all images at hand.
+    budget = std::max(kBatchPanelBytes + bytes / 2, together ? images * image_bytes / 2 : 0);
     plan.items = divide(plan.items, images);
     plan.sum_elements = place(plan.items);
   }
-  plan.images_at_once = std::clamp<int64_t>(budget / image_bytes, 1, (images + plan.parts - 1) / plan.parts);
+  const int64_t each = (images + plan.parts - 1) / plan.parts, most = std::clamp<int64_t>(budget / image_bytes, 1, each);
+  const int64_t times = (each + most - 1) / most;
+  plan.images_at_once = (each + times - 1) / times;
   for (const Item<T>& item : plan.items) {
     auto& held = plan.held[item.moment];
     held.resize(item.moment->u->blocks * item.moment->v->blocks, nullptr);

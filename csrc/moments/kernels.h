@@ -48,9 +48,9 @@ struct Kernels {
   // out[x·stride + c] = row[c, x]
   void (*pack)(const Row&, T* out, int64_t stride);
   // What spectrum.h asks for. From the real transforms of the real and, `imaginary` elements further, of the imaginary
-  // parts of columns: planes of `count` frequencies and, after each, of its opposite, `plane` elements apart.
-  void (*join)(const T* parts, int64_t imaginary, int64_t count, bool left, T* out, int64_t plane);
-  // Products of such pairs of frequencies to sums at shifts −reach … reach of rows, real and imaginary parts;
+  // parts of columns: four planes, `plane` elements apart, of each of `count` frequencies and of its opposite.
+  void (*join)(const T* parts, int64_t imaginary, int64_t count, T* out, int64_t plane);
+  // Adds products of such pairs of frequencies to sums at shifts −reach … reach of rows, real and imaginary parts;
   // factors: cosine and sine for each frequency and each shift from 0 on.
   void (*mix_rows)(const T* products, int64_t count, const double* factors, int64_t reach, double* out);
   // From there, for all columns of frequencies together, to sums at shifts (row, column); factors: cosine and sine for

@@ -162,13 +162,14 @@ void pack(const Row& row, T* out, int64_t stride) {
 }
 
 template <class T>
-void join(const T* parts, int64_t imaginary, int64_t count, bool left, T* out, int64_t plane) {
+void join(const T* parts, int64_t imaginary, int64_t count, T* out, int64_t plane) {
   typedef T Panel __attribute__((vector_size(kPanelBytes), aligned(sizeof(T)), may_alias));
   const auto write = [&](const Panel& re, const Panel& im) {
     *reinterpret_cast<Panel*>(out) = re;
     *reinterpret_cast<Panel*>(out + plane) = im;
-    *reinterpret_cast<Panel*>(out + 2 * plane) = left ? re + im : im - re;
-    out += 3 * plane;
+    *reinterpret_cast<Panel*>(out + 2 * plane) = re + im;
+    *reinterpret_cast<Panel*>(out + 3 * plane) = im - re;
+    out += 4 * plane;
   };
   for (int64_t k = 0; k < count; ++k, parts += 2 * kLanes<T>) {
     const Panel* re = reinterpret_cast<const Panel*>(parts);
@@ -205,10 +206,11 @@ void mix_some_rows(const T* products, int64_t count, const double* factors, int6
     for (int j = 0; j < Count; ++j) {
       double* ahead = out + (reach + first + j) * 2 * square + e;
       double* back = out + (reach - first - j) * 2 * square + e;
-      *reinterpret_cast<Wide*>(ahead) = even_re[j] - odd_re[j];
-      *reinterpret_cast<Wide*>(ahead + square) = even_im[j] + odd_im[j];
-      *reinterpret_cast<Wide*>(back) = even_re[j] + odd_re[j];
-      *reinterpret_cast<Wide*>(back + square) = even_im[j] - odd_im[j];
+      *reinterpret_cast<Wide*>(ahead) += even_re[j] - odd_re[j];
+      *reinterpret_cast<Wide*>(ahead + square) += even_im[j] + odd_im[j];
+      if (first + j == 0) continue;
+      *reinterpret_cast<Wide*>(back) += even_re[j] + odd_re[j];
+      *reinterpret_cast<Wide*>(back + square) += even_im[j] - odd_im[j];
     }
   }
 }

@@ -12,13 +12,15 @@ namespace {
 // From so many shifts on, and so many tiles of images, transforms and mixing are worth the products that are saved.
 constexpr int64_t kLeastShifts = 5, kLeastTiles = 16;
 // Positions of a tile along one axis at most: more frequencies each have fewer tiles to sum, and cost more to mix.
-constexpr int64_t kMostPositions = 20;
+constexpr int64_t kMostPositions = 32;
 // Memory for planes at one time, about, and columns of frequencies for which they are made together at most.
 constexpr int64_t kPlaneBytes = 16 << 20, kMostColumns = 4;
 // Blocks of u and v of a task: its products stay in the L2 cache until they are mixed.
 constexpr Pair kTaskBlocks{2, 4};
-// Positions summed in a register at once.
-constexpr int64_t kChain = 128;
+// Rows of frequencies whose products are mixed at a time, while the cache has them.
+constexpr int64_t kMixedRows = 6;
+// Groups of positions summed in a register at once.
+constexpr int64_t kChain = 16;
 
 int64_t fours(int64_t count) { return (count + 3) / 4 * 4; }
 
@@ -57,6 +59,7 @@ void Spectrum<T>::lay_out(Axis& axis, int64_t u_size, int64_t v_size) const {
 
 template <class T>
 const typename Spectrum<T>::Side* Spectrum<T>::side(const Source<T>* source, bool left) {
+  left &= tiles() > 1;
   for (const auto& known : sides_)
     if (known->source == source && known->left == left) return known.get();
   sides_.push_back(std::make_unique<Side>(Side{source, left, blocks_}));
@@ -86,7 +89,7 @@ void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
   }
   if (u_size == Pair{0, 0}) return;
   for (int axis : {0, 1}) lay_out(axes_[axis], u_size[axis], v_size[axis]);
-  const bool pays = images * axes_[0].tiles * axes_[1].tiles >= kLeastTiles;
+  const bool pays = images * tiles() >= kLeastTiles;
   for (Moment<T>& moment : moments) {
     if (!pays) moment.transformed = -1;
     if (moment.transformed < 0) continue;
@@ -106,37 +109,33 @@ typename Spectrum<T>::Span Spectrum<T>::span(const Axis& axis, const Side& side,
   return {first, std::max(first, last), first - origin - axis.low};
 }
 
-// Writes a block of an image to the planes: rows of the map first, then columns of real and of imaginary parts.
+// Writes a group of positions of a block: rows of the maps first, then columns of real and of imaginary parts.
 template <class T>
-void Spectrum<T>::transform(const Side& side, const Panels<T>& panels, int64_t block, int64_t image) {
+void Spectrum<T>::transform(const Side& side, const Panels<T>& panels, int64_t block, int64_t group) {
   const Source<T>& source = *side.source;
   const Axis &down = axes_[0], &along = axes_[1];
-  const T* in = panels.first + block * panels.block_elements + image * source.image_elements();
   const int64_t lanes = kLanes<T>, row = fours(2 * columns_), column = fours(2 * down.half());
-  std::vector<T> rows, parts(2 * column * lanes);
+  const int64_t height = down.tile + down.high - down.low;
+  std::vector<T> rows(row * height * lanes), parts(2 * column * lanes);
   std::vector<const T*> from;
-  for (int64_t ty = 0; ty < down.tiles; ++ty) {
-    for (int64_t tx = 0; tx < along.tiles; ++tx) {
-      const Span y = span(down, side, 0, ty), x = span(along, side, 1, tx);
-      const int64_t height = x.last > x.first ? y.last - y.first : 0;
-      from.clear();
-      for (int64_t i = 0; i < height; ++i) from.push_back(in + ((y.first + i) * source.pitch[1] + x.first) * lanes);
-      rows.assign(height * row * lanes, T{0});
-      if (height > 0)
-        kernels<T>().multiply({{1, 1, x.last - x.first}, {0, 0, row}, {0, 0, lanes}},
-                              column_waves_.data() + x.row * row, row, from.data(), 0, height,
-                              {rows.data(), row * lanes, lanes});
-      for (int64_t k = 0; k < columns_; ++k) {
-        std::fill(parts.begin(), parts.end(), T{0});
-        const T* halves[] = {rows.data() + 2 * k * lanes, rows.data() + (2 * k + 1) * lanes};
-        if (height > 0)
-          kernels<T>().multiply({{1, 1, height}, {0, 0, column}, {0, 0, row * lanes}},
-                                row_waves_.data() + y.row * column, column, halves, 0, along.real(first_ + k) ? 1 : 2,
-                                {parts.data(), column * lanes, lanes});
-        const int64_t position = (image * down.tiles + ty) * along.tiles + tx;
-        T* out = planes_.get() + (side.start + block) * block_ + plane(k, 0, 0) + position * lanes;
-        kernels<T>().join(parts.data(), column * lanes, down.half(), side.left, out, plane_);
-      }
+  for (int64_t i = 0; i < kGroup; ++i) {
+    const int64_t position = group * kGroup + i, tile = position % tiles();
+    const Span y = span(down, side, 0, tile / along.tiles), x = span(along, side, 1, tile % along.tiles);
+    const int64_t count = position < positions_ && x.last > x.first ? y.last - y.first : 0;
+    const T* in = panels.first + block * panels.block_elements + position / tiles() * source.image_elements();
+    from.clear();
+    for (int64_t k = y.first; k < y.first + count; ++k) from.push_back(in + (k * source.pitch[1] + x.first) * lanes);
+    std::fill(rows.begin(), rows.end(), T{0});
+    kernels<T>().multiply({{1, 1, x.last - x.first}, {0, 0, row}, {0, 0, lanes}}, column_waves_.data() + x.row * row,
+                          row, from.data(), 0, count, {rows.data(), lanes, height * lanes});
+    for (int64_t k = 0; k < columns_; ++k) {
+      const T* real = rows.data() + 2 * k * height * lanes;
+      const T* halves[] = {real, real + height * lanes};
+      std::fill(parts.begin(), parts.end(), T{0});
+      kernels<T>().multiply({{1, 1, count}, {0, 0, column}, {0, 0, lanes}}, row_waves_.data() + y.row * column, column,
+                            halves, 0, along.real(first_ + k) ? 1 : 2, {parts.data(), column * lanes});
+      kernels<T>().join(parts.data(), column * lanes, down.half(),
+                        planes(side, block) + group * group_ + plane(k, 0) + i * lanes, plane_);
     }
   }
 }
@@ -145,42 +144,46 @@ template <class T>
 void Spectrum<T>::multiply(const Task& task, const Places<T>& places) {
   const Axis &down = axes_[0], &along = axes_[1];
   const int64_t square = kLanes<T> * kLanes<T>, v_count = task.v1 - task.v0, pairs = (task.u1 - task.u0) * v_count;
-  const int64_t products = down.half() * 6 * square, rows = (2 * down.reach() + 1) * 2 * square;
+  const int64_t products = kMixedRows * 6 * square, rows = (2 * down.reach() + 1) * 2 * square;
   std::vector<T> sums(pairs * products);
-  const Buffer<double> mixed = allocate<double>(pairs * columns_ * rows);
+  std::vector<double> mixed(pairs * columns_ * rows, 0.0);
   std::vector<const T*> right;
-  for (int64_t v = task.v0; v < task.v1; ++v) right.push_back(planes_.get() + (task.v->start + v) * block_);
+  for (int64_t v = task.v0; v < task.v1; ++v) right.push_back(planes(*task.v, v));
   const auto each_pair = [&](const auto& body) {
     for (int64_t u = task.u0; u < task.u1; ++u)
       for (int64_t v = task.moment->symmetric ? std::max(task.v0, u) : task.v0; v < task.v1; ++v)
         body(u, v, (u - task.u0) * v_count + v - task.v0);
   };
   for (int64_t k = 0; k < columns_; ++k) {
-    std::fill(sums.begin(), sums.end(), T{0});
-    for (int64_t i = 0; i < down.half(); ++i) {
-      const int64_t signs = along.real(first_ + k) || down.real(i) ? 1 : 2;
-      for (int64_t part = 0; part < 3 * signs; ++part) {
-        for (int64_t start = 0; start < positions_; start += kChain) {
-          const int64_t place = plane(k, i, 0) + part * plane_ + start * kLanes<T>;
-          const Walk walk{{1, 1, std::min(kChain, positions_ - start)}, {0, 0, kLanes<T>}, {0, 0, kLanes<T>}};
-          for (int64_t u = task.u0; u < task.u1; ++u) {
-            const int64_t skipped = task.moment->symmetric ? std::max<int64_t>(0, u - task.v0) : 0;
-            T* to = sums.data() + ((u - task.u0) * v_count + skipped) * products + (i * 6 + part) * square;
-            kernels<T>().multiply(walk, planes_.get() + (task.u->start + u) * block_ + place,
-                                  task.moment->u->channels_of(u), right.data() + skipped, place, v_count - skipped,
-                                  {to, products});
+    for (int64_t first = 0, count; first < down.half(); first += count) {
+      count = std::min(kMixedRows, down.half() - first);
+      std::fill(sums.begin(), sums.end(), T{0});
+      for (int64_t i = first; i < first + count; ++i) {
+        const int64_t parts = along.real(first_ + k) || down.real(i) ? 3 : 6;
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t left = plane(k, i) + (part / 3 * 4 + part % 3) * plane_;
+          const int64_t other = left + (part % 3 == 2) * plane_;
+          for (int64_t start = 0; start < groups_; start += kChain) {
+            const int64_t chain = std::min(kChain, groups_ - start);
+            for (int64_t u = task.u0; u < task.u1; ++u) {
+              const int64_t skipped = task.moment->symmetric ? std::max<int64_t>(0, u - task.v0) : 0;
+              T* to = sums.data() + ((u - task.u0) * v_count + skipped) * products + ((i - first) * 6 + part) * square;
+              kernels<T>().multiply({{1, chain, kGroup}, {0, group_, kLanes<T>}, {0, group_, kLanes<T>}},
+                                    planes(*task.u, u) + start * group_ + left, task.moment->u->channels_of(u),
+                                    right.data() + skipped, start * group_ + other, v_count - skipped, {to, products});
+            }
           }
         }
       }
+      each_pair([&](int64_t, int64_t, int64_t pair) {
+        kernels<T>().mix_rows(sums.data() + pair * products, count,
+                              row_mix_.data() + (k * down.half() + first) * (down.reach() + 1) * 2, down.reach(),
+                              mixed.data() + (pair * columns_ + k) * rows);
+      });
     }
-    each_pair([&](int64_t, int64_t, int64_t pair) {
-      kernels<T>().mix_rows(sums.data() + pair * products, down.half(),
-                            row_mix_.data() + k * down.half() * (down.reach() + 1) * 2, down.reach(),
-                            mixed.get() + (pair * columns_ + k) * rows);
-    });
   }
   each_pair([&](int64_t u, int64_t v, int64_t pair) {
-    store(task, u, v, mixed.get() + pair * columns_ * rows, places);
+    store(task, u, v, mixed.data() + pair * columns_ * rows, places);
   });
 }
 
@@ -217,14 +220,15 @@ void Spectrum<T>::store(const Task& task, int64_t u, int64_t v, const double* ro
 template <class T>
 void Spectrum<T>::add(const std::vector<Panels<T>>& panels, int64_t images, const Places<T>& places) {
   const Axis &down = axes_[0], &along = axes_[1];
-  positions_ = images * down.tiles * along.tiles;
-  plane_ = (positions_ + 1 - positions_ % 2) * kLanes<T>;  // an odd number of rows: no two planes share cache sets
-  const int64_t column_bytes = blocks_ * plane(1, 0, 0) * static_cast<int64_t>(sizeof(T));
+  positions_ = images * tiles();
+  groups_ = (positions_ + kGroup - 1) / kGroup;
+  const int64_t column_bytes = blocks_ * groups_ * plane(1, 0) * static_cast<int64_t>(sizeof(T));
   const int64_t most = std::clamp<int64_t>(kPlaneBytes / column_bytes, 1, std::min(kMostColumns, along.half()));
   row_waves_ = down.waves(0, down.half());
   for (first_ = 0; first_ < along.half(); first_ += columns_) {
     columns_ = std::min(most, along.half() - first_);
-    block_ = plane(columns_, 0, 0);
+    group_ = plane(columns_, 0) + plane_;  // an odd number of planes: neighbours do not share cache sets
+    block_ = groups_ * group_ + plane_;
     if (allocated_ < blocks_ * block_) planes_ = allocate<T>(allocated_ = blocks_ * block_);
     column_waves_ = along.waves(first_, columns_);
     row_mix_.clear();
@@ -244,7 +248,7 @@ void Spectrum<T>::add(const std::vector<Panels<T>>& panels, int64_t images, cons
         column_mix_.push_back(real ? 0.0 : std::sin(along.angle(first_ + k, shift)));
       }
     }
-    parallel(blocks_ * images, [&](int64_t task) {
+    parallel(blocks_ * groups_, [&](int64_t task) {
       const int64_t block = task % blocks_;
       const auto side = std::find_if(sides_.rbegin(), sides_.rend(), [&](const auto& s) { return s->start <= block; });
       transform(**side, panels[(*side)->source->index], block - (*side)->start, task / blocks_);

@@ -2,8 +2,8 @@
 //
 // By the convolution theorem the sums S_d = Σ_t u(t) v(t + d) of all shifts d come from one product conj(û(f)) v̂(f) for
 // each frequency f of a torus on which the shifts do not wrap around. Its real and imaginary parts take three products
-// of planes (Gauss): p₀ = a c, p₁ = b d, p₂ = (a + b)(d − c) for û = a + ib, v̂ = c + id. A plane holds one part of one
-// frequency of all tiles of all images, so that each product is one sum over them.
+// of planes (Gauss): p₀ = a c, p₁ = b d, p₂ = (a + b)(d − c) for û = a + ib, v̂ = c + id. The planes of a frequency hold
+// its real part, imaginary part, sum and difference for all tiles of all images: each product is one sum over them.
 #pragma once
 
 #include <functional>
@@ -27,6 +27,9 @@ class Spectrum {
   void add(const std::vector<Panels<T>>& panels, int64_t images, const Places<T>& places);
 
  private:
+  // Positions whose planes lie side by side: [block][group][column][row][sign][plane][position of the group][lane].
+  static constexpr int64_t kGroup = 8, plane_ = kGroup * kLanes<T>;
+
   // Tiles of u, and by how much more v reads around each; tables have a row for each of these positions.
   struct Axis {
     int64_t tile = 0, tiles = 0, length = 0, low = 0, high = 0;
@@ -40,7 +43,7 @@ class Spectrum {
   struct Span {
     int64_t first, last, row;
   };
-  // A source as u or as v, whose third planes differ.
+  // A source as u, as v, or, where one tile holds the map, as both.
   struct Side {
     const Source<T>* source;
     bool left;
@@ -56,10 +59,11 @@ class Spectrum {
   void lay_out(Axis& axis, int64_t u_size, int64_t v_size) const;
   Span span(const Axis& axis, const Side& side, int axis_index, int64_t tile) const;
   const Side* side(const Source<T>* source, bool left);
-  int64_t plane(int64_t column, int64_t row, int64_t sign) const {
-    return (((column * axes_[0].half() + row) * 2 + sign) * 3) * plane_;
-  }
-  void transform(const Side& side, const Panels<T>& panels, int64_t block, int64_t image);
+  int64_t tiles() const { return axes_[0].tiles * axes_[1].tiles; }
+  // Of the four planes of a frequency, among those of a group of positions.
+  int64_t plane(int64_t column, int64_t row) const { return (column * axes_[0].half() + row) * 8 * plane_; }
+  T* planes(const Side& side, int64_t block) const { return planes_.get() + (side.start + block) * block_; }
+  void transform(const Side& side, const Panels<T>& panels, int64_t block, int64_t group);
   void multiply(const Task& task, const Places<T>& places);
   void store(const Task& task, int64_t u, int64_t v, const double* rows, const Places<T>& places) const;
 
@@ -68,7 +72,7 @@ class Spectrum {
   std::vector<Task> tasks_;
   int64_t blocks_ = 0;  // of all sides
   // Of the images and the columns of frequencies at hand.
-  int64_t positions_ = 0, plane_ = 0, block_ = 0, first_ = 0, columns_ = 0;
+  int64_t positions_ = 0, groups_ = 0, group_ = 0, block_ = 0, first_ = 0, columns_ = 0;
   std::vector<T> row_waves_, column_waves_;
   std::vector<double> row_mix_, column_mix_;
   Buffer<T> planes_;
