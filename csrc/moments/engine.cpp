@@ -37,7 +37,7 @@ std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
     double most = 1;  // shifts of a group
     for (const Group& group : moment.groups) {
       if (&group - moment.groups.data() == moment.transformed) continue;
-      const int64_t rows = group.row < 0 ? u.size[0] : 1, columns = group.column < 0 ? u.size[1] : 1;
+      const int64_t rows = run_of(group.row, u.size[0]).count, columns = run_of(group.column, u.size[1]).count;
       const auto shifts = static_cast<double>(group.shifts.size());
       work += shifts * static_cast<double>(rows * columns);
       most = std::max(most, shifts);

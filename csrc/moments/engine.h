@@ -40,9 +40,10 @@ struct Schedule {
   int64_t parts, images_at_once, sum_elements;
   std::map<const Moment<T>*, std::vector<const Item<T>*>> held;
 
-  // The item that has the sums of two blocks, or the first of them.
+  // The item that has the sums of two blocks, or the first of them; none where nothing is summed.
   const Item<T>* holder(const Moment<T>& moment, int64_t u, int64_t v) const {
-    return held.at(&moment)[u * moment.v->blocks + v];
+    const auto found = held.find(&moment);
+    return found == held.end() ? nullptr : found->second[u * moment.v->blocks + v];
   }
 };
 

@@ -39,17 +39,17 @@ void multiply_group(const Item<T>& item, const Group& group, const std::vector<P
   for (int64_t block = item.v0; block < item.v1; ++block)
     for (int64_t shift : group.shifts)
       right.push_back(v_panels.first + block * v_panels.block_elements + shift * v.width);
-  const int64_t rows = group.row < 0 ? u.size[0] : 1, columns = group.column < 0 ? u.size[1] : 1;
-  const int64_t row0 = std::max<int64_t>(group.row, 0), column0 = std::max<int64_t>(group.column, 0);
+  const auto [row0, down, rows] = run_of(group.row, u.size[0]);
+  const auto [column0, along, columns] = run_of(group.column, u.size[1]);
   const int64_t image_step = std::max<int64_t>(1, kChain / (rows * columns));
   const int64_t row_step = std::max<int64_t>(1, kChain / columns);
   for (int64_t image = first; image < first + count; image += image_step) {
     for (int64_t row = 0; row < rows; row += row_step) {
       const int64_t images = std::min(image_step, first + count - image);
-      const int64_t position = (row0 + row) * u.pitch[1] + column0;
+      const int64_t position = (row0 + row * down) * u.pitch[1] + column0;
       const Walk walk = compact({{images, std::min(row_step, rows - row), columns},
-                                 {u.image_elements(), u.pitch[1] * u.width, u.width},
-                                 {v.image_elements(), v.pitch[1] * v.width, v.width}});
+                                 {u.image_elements(), down * u.pitch[1] * u.width, along * u.width},
+                                 {v.image_elements(), down * v.pitch[1] * v.width, along * v.width}});
       const T* left = u_panels.first + image * u.image_elements() + position * u.width;
       const int64_t shift = image * v.image_elements() + position * v.width;
       for (int64_t block = item.u0; block < item.u1; ++block) {

@@ -124,13 +124,13 @@ void Source<T>::pack(Panels<T>& panels, int64_t first, int64_t count, int64_t ta
       for (int64_t lane = 0; lane < width; ++lane) out[i * width + lane] *= sign[i];
     return;
   }
-  for (int64_t y = 0; y < size[0]; ++y, out += pitch[1] * width) {
+  for (int64_t y = 0; y < (patches ? size : map.size)[0]; ++y, out += apart[0] * pitch[1] * width) {
     if (patches) {
       pack_patches(*this, block, first + start, y, out);
     } else {
       kernels<T>().pack({at(map, first + start, channel, y, 0), map.dtype, map.stride[1], map.stride[3],
-                         channels_of(block), size[1]},
-                        out, width);
+                         channels_of(block), map.size[1]},
+                        out, apart[1] * width);
     }
   }
 }

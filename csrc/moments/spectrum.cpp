@@ -13,8 +13,9 @@ namespace {
 constexpr int64_t kLeastShifts = 5, kLeastTiles = 16;
 // Positions of a tile along one axis at most: more frequencies each have fewer tiles to sum, and cost more to mix.
 constexpr int64_t kMostPositions = 32;
-// Memory for planes at one time, about, and columns of frequencies for which they are made together at most.
-constexpr int64_t kPlaneBytes = 16 << 20, kMostColumns = 4;
+// Memory for planes at one time, about, or half of that of the panels; and columns of frequencies for which they are made
+// together at most.
+constexpr int64_t kPlaneBytes = 8 << 20, kMostColumns = 4;
 // Blocks of u and v of a task: its products stay in the L2 cache until they are mixed.
 constexpr Pair kTaskBlocks{2, 4};
 // Rows of frequencies whose products are mixed at a time, while the cache has them.
@@ -76,7 +77,7 @@ void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
     const Pair columns = shift_range(moment.u_window, moment.v_window, 1);
     if (2 * std::max(std::abs(columns[0]), std::abs(columns[1])) >= u.pitch[1]) continue;  // rows could not be told apart
     for (const Group& group : moment.groups) {
-      if (group.row >= 0 || group.column >= 0 || static_cast<int64_t>(group.shifts.size()) < kLeastShifts) continue;
+      if (group.row != kAll || group.column != kAll || static_cast<int64_t>(group.shifts.size()) < kLeastShifts) continue;
       moment.transformed = &group - moment.groups.data();
       for (int axis : {0, 1}) {
         const Pair range = shift_range(moment.u_window, moment.v_window, axis);
@@ -223,7 +224,10 @@ void Spectrum<T>::add(const std::vector<Panels<T>>& panels, int64_t images, cons
   positions_ = images * tiles();
   groups_ = (positions_ + kGroup - 1) / kGroup;
   const int64_t column_bytes = blocks_ * groups_ * plane(1, 0) * static_cast<int64_t>(sizeof(T));
-  const int64_t most = std::clamp<int64_t>(kPlaneBytes / column_bytes, 1, std::min(kMostColumns, along.half()));
+  int64_t panel_bytes = 0;
+  for (const auto& each : sides_)
+    panel_bytes += each->source->blocks * panels[each->source->index].block_elements * static_cast<int64_t>(sizeof(T));
+  const int64_t most = std::clamp<int64_t>(std::max(kPlaneBytes, panel_bytes / 2) / column_bytes, 1, std::min(kMostColumns, along.half()));
   row_waves_ = down.waves(0, down.half());
   for (first_ = 0; first_ < along.half(); first_ += columns_) {
     columns_ = std::min(most, along.half() - first_);
