@@ -86,19 +86,20 @@ int64_t place(std::vector<Item<T>>& items) {
   return elements;
 }
 
-// Writes rows × columns of a pair of taps: out[i·row_step + j·column_step] = Σ over terms and parts.
+// Writes rows × columns of a pair of taps: out[i·row_step + j·column_step] = Σ over terms, in double precision because
+// borders are subtracted.
 template <class T>
 void emit(const Moment<T>& moment, const Item<T>* item, const T* sums, int64_t u, int64_t v, int64_t draw,
           const std::vector<Term<T>>& terms, T* out, int64_t row_step, int64_t column_step) {
   const int64_t rows = moment.u->channels_of(u), columns = moment.v->channels_of(v);
   for (int64_t i = 0; i < rows; ++i) {
-    T values[kLanes<T>] = {};
+    double values[kLanes<T>] = {};
     for (const Term<T>& term : terms) {
       const int64_t offset = item->offset(u, v, moment.groups[term.group], term.vector) +
                              draw * item->draw_elements() + i * kLanes<T> + term.lane;
       for (int64_t j = 0; j < columns; ++j) values[j] += term.coefficient * sums[item->start + offset + j];
     }
-    for (int64_t j = 0; j < columns; ++j) out[i * row_step + j * column_step] = values[j];
+    for (int64_t j = 0; j < columns; ++j) out[i * row_step + j * column_step] = static_cast<T>(values[j]);
   }
 }
 
