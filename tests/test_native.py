@@ -126,7 +126,7 @@ def test_error_is_at_most_twice_that_of_pytorch(case):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
-    for case in LARGE:
+    for case in LARGE + TRANSFORMED[:2]:
         args, named = case.arguments(torch.float32)
         results = []
         for threads in (1, 2, 3):
@@ -139,7 +139,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_symmetric_moments_are_symmetric_bit_by_bit():
-    for case in [case for case in LARGE + MOMENTS if case.op.endswith("moments")]:
+    for case in [case for case in LARGE + MOMENTS + TRANSFORMED[:2] if case.op.endswith("moments")]:
         args, named = case.arguments(torch.float32)
         with use_backend("cpp"):
             xx, _, _, hh, _, vv = case.function(*args, **named)
@@ -158,7 +158,7 @@ def test_a_feature_that_is_never_read_has_no_moment():
     assert torch.equal(xx == 0, expected == 0)
 
 
-@pytest.mark.parametrize("case", [LARGE[0], LARGE[3]], ids=str)
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[3], TRANSFORMED[0]], ids=str)
 def test_nan_spoils_its_own_channel_only(case):
     args, named = case.arguments(torch.float32)
     args[0].select(1, 2).fill_(torch.nan)

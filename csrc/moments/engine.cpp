@@ -26,7 +26,7 @@ constexpr double kItemSums = 64, kDrawItemSums = 16;
 // Items of the whole batch, about, whatever the number of threads, so that results do not depend on it.
 constexpr double kItems = 24;
 
-// Tiles of blocks of all moments.
+// Tiles of blocks of all moments, and what their sums cost but for those that a Spectrum makes.
 template <class T>
 std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
   std::vector<Item<T>> items;
@@ -225,9 +225,9 @@ Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t im
     plan.items = divide(plan.items, images);
     plan.sum_elements = place(plan.items);
   }
-  const int64_t each = (images + plan.parts - 1) / plan.parts, most = std::clamp<int64_t>(budget / image_bytes, 1, each);
-  const int64_t times = (each + most - 1) / most;
-  plan.images_at_once = (each + times - 1) / times;
+  const int64_t own = (images + plan.parts - 1) / plan.parts;  // of a part
+  const int64_t most = std::clamp<int64_t>(budget / image_bytes, 1, own), times = (own + most - 1) / most;
+  plan.images_at_once = (own + times - 1) / times;
   for (const Item<T>& item : plan.items) {
     auto& held = plan.held[item.moment];
     held.resize(item.moment->u->blocks * item.moment->v->blocks, nullptr);

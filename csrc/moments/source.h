@@ -67,7 +67,7 @@ struct Source {
   Window window;             // of the patches
   Weights weights;           // of the patches; empty for ones
   Pair apart{1, 1};          // distances of the positions of the map, with zeros between them
-  Pair size{};               // positions: of the map, zeros between them included, or the sample positions of the patches
+  Pair size{};               // positions: of the map, zeros between them too, or the sample positions of the patches
   Pair pitch{};              // positions from row to row and from image to image, zeros included
   int64_t channels = 0;
   bool summed = false;       // whether `sums` are wanted

@@ -1,7 +1,7 @@
 #include "spectrum.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numbers>
 
 #include "../parallel.h"
@@ -11,10 +11,11 @@ namespace {
 
 // From so many shifts on, and so many tiles of images, transforms and mixing are worth the products that are saved.
 constexpr int64_t kLeastShifts = 5, kLeastTiles = 16;
-// Positions of a tile along one axis at most: more frequencies each have fewer tiles to sum, and cost more to mix.
-constexpr int64_t kMostPositions = 32;
-// Memory for planes at one time, about, or half of that of the panels; and columns of frequencies for which they are made
-// together at most.
+// Positions of a tile along one axis: many, because large tiles have fewer frequencies for each position, unless there
+// are too few tiles then.
+constexpr int64_t kMostPositions = 32, kFewPositions = 8;
+// Memory for planes at one time, about, or half of that of the panels; and the columns of frequencies for which they
+// are made together at most.
 constexpr int64_t kPlaneBytes = 8 << 20, kMostColumns = 4;
 // Blocks of u and v of a task: its products stay in the L2 cache until they are mixed.
 constexpr Pair kTaskBlocks{2, 4};
@@ -24,6 +25,16 @@ constexpr int64_t kMixedRows = 6;
 constexpr int64_t kChain = 16;
 
 int64_t fours(int64_t count) { return (count + 3) / 4 * 4; }
+
+template <class T>
+Pair own_reach(const Moment<T>& moment) {
+  Pair reach;
+  for (int axis : {0, 1}) {
+    const Pair range = shift_range(moment.u_window, moment.v_window, axis);
+    reach[axis] = std::max(std::abs(range[0]), std::abs(range[1]));
+  }
+  return reach;
+}
 
 }  // namespace
 
@@ -47,9 +58,10 @@ std::vector<T> Spectrum<T>::Axis::waves(int64_t first, int64_t count) const {
   return table;
 }
 
+// Tiles of at most so many positions, and the shortest torus for them.
 template <class T>
-void Spectrum<T>::lay_out(Axis& axis, int64_t u_size, int64_t v_size) const {
-  axis.tiles = (u_size + kMostPositions - 1) / kMostPositions;
+void Spectrum<T>::lay_out(Axis& axis, int64_t u_size, int64_t v_size, int64_t most) const {
+  axis.tiles = (u_size + most - 1) / most;
   axis.tile = (u_size + axis.tiles - 1) / axis.tiles;
   // Positions of v less those of u, modulo the length, have to tell all shifts from all others that are met.
   const int64_t first = axis.tiles > 1 ? axis.low : 0;
@@ -74,10 +86,10 @@ void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
   for (Moment<T>& moment : moments) {
     const Source<T>&u = *moment.u, &v = *moment.v;
     if (u.width < kLanes<T> || v.width < kLanes<T> || v.draws > 0 || u.blocks * v.blocks == 0) continue;
-    const Pair columns = shift_range(moment.u_window, moment.v_window, 1);
-    if (2 * std::max(std::abs(columns[0]), std::abs(columns[1])) >= u.pitch[1]) continue;  // rows could not be told apart
+    if (2 * own_reach(moment)[1] >= u.pitch[1]) continue;  // shifts by rows and by columns could not be told apart
     for (const Group& group : moment.groups) {
-      if (group.row != kAll || group.column != kAll || static_cast<int64_t>(group.shifts.size()) < kLeastShifts) continue;
+      const bool everywhere = group.row == kAll && group.column == kAll;
+      if (!everywhere || static_cast<int64_t>(group.shifts.size()) < kLeastShifts) continue;
       moment.transformed = &group - moment.groups.data();
       for (int axis : {0, 1}) {
         const Pair range = shift_range(moment.u_window, moment.v_window, axis);
@@ -89,7 +101,10 @@ void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
     }
   }
   if (u_size == Pair{0, 0}) return;
-  for (int axis : {0, 1}) lay_out(axes_[axis], u_size[axis], v_size[axis]);
+  for (int64_t most = kMostPositions; most >= kFewPositions; most /= 2) {
+    for (int axis : {0, 1}) lay_out(axes_[axis], u_size[axis], v_size[axis], most);
+    if (images * tiles() >= kLeastTiles) break;
+  }
   const bool pays = images * tiles() >= kLeastTiles;
   for (Moment<T>& moment : moments) {
     if (!pays) moment.transformed = -1;
@@ -141,6 +156,7 @@ void Spectrum<T>::transform(const Side& side, const Panels<T>& panels, int64_t b
   }
 }
 
+// The products of a task at the columns of frequencies at hand, mixed to sums at shifts.
 template <class T>
 void Spectrum<T>::multiply(const Task& task, const Places<T>& places) {
   const Axis &down = axes_[0], &along = axes_[1];
@@ -196,10 +212,12 @@ void Spectrum<T>::store(const Task& task, int64_t u, int64_t v, const double* ro
   const auto& shifts = moment.groups[moment.transformed].shifts;
   const int64_t square = kLanes<T> * kLanes<T>, count = (2 * reach[0] + 1) * (2 * reach[1] + 1);
   const bool mirrored = moment.symmetric && u != v;
+  const Pair own = own_reach(moment);
   std::vector<T> sums(count * square);
   kernels<T>().mix_columns(rows, columns_, column_mix_.data(), reach, sums.data());
   for (int64_t i = 0; i < count; ++i) {
     const int64_t y = i / (2 * reach[1] + 1) - reach[0], x = i % (2 * reach[1] + 1) - reach[1];
+    if (std::abs(y) > own[0] || std::abs(x) > own[1]) continue;  // another moment's
     const T* from = sums.data() + i * square;
     const auto wanted = [&](int64_t shift) {
       const auto found = std::lower_bound(shifts.begin(), shifts.end(), shift);
@@ -218,40 +236,48 @@ void Spectrum<T>::store(const Task& task, int64_t u, int64_t v, const double* ro
   }
 }
 
+// Tables for the columns of frequencies at hand: transforms along rows, and factors that mix products.
+template <class T>
+void Spectrum<T>::tabulate() {
+  const Axis &down = axes_[0], &along = axes_[1];
+  column_waves_ = along.waves(first_, columns_);
+  row_mix_.clear();
+  column_mix_.clear();
+  for (int64_t k = 0; k < columns_; ++k) {
+    const bool real = along.real(first_ + k);
+    for (int64_t i = 0; i < down.half(); ++i) {
+      // Every frequency stands for its opposite too, unless it is its own.
+      const double weight = (real && down.real(i) ? 1.0 : 2.0) / static_cast<double>(down.length * along.length);
+      for (int64_t shift = 0; shift <= down.reach(); ++shift) {
+        row_mix_.push_back(weight * std::cos(down.angle(i, shift)));
+        row_mix_.push_back(weight * std::sin(down.angle(i, shift)));
+      }
+    }
+    for (int64_t shift = -along.reach(); shift <= along.reach(); ++shift) {
+      column_mix_.push_back(std::cos(along.angle(first_ + k, shift)));
+      column_mix_.push_back(real ? 0.0 : std::sin(along.angle(first_ + k, shift)));
+    }
+  }
+}
+
 template <class T>
 void Spectrum<T>::add(const std::vector<Panels<T>>& panels, int64_t images, const Places<T>& places) {
-  const Axis &down = axes_[0], &along = axes_[1];
+  const int64_t columns = axes_[1].half();
   positions_ = images * tiles();
   groups_ = (positions_ + kGroup - 1) / kGroup;
-  const int64_t column_bytes = blocks_ * groups_ * plane(1, 0) * static_cast<int64_t>(sizeof(T));
   int64_t panel_bytes = 0;
   for (const auto& each : sides_)
     panel_bytes += each->source->blocks * panels[each->source->index].block_elements * static_cast<int64_t>(sizeof(T));
-  const int64_t most = std::clamp<int64_t>(std::max(kPlaneBytes, panel_bytes / 2) / column_bytes, 1, std::min(kMostColumns, along.half()));
-  row_waves_ = down.waves(0, down.half());
-  for (first_ = 0; first_ < along.half(); first_ += columns_) {
-    columns_ = std::min(most, along.half() - first_);
-    group_ = plane(columns_, 0) + plane_;  // an odd number of planes: neighbours do not share cache sets
-    block_ = groups_ * group_ + plane_;
-    if (allocated_ < blocks_ * block_) planes_ = allocate<T>(allocated_ = blocks_ * block_);
-    column_waves_ = along.waves(first_, columns_);
-    row_mix_.clear();
-    column_mix_.clear();
-    for (int64_t k = 0; k < columns_; ++k) {
-      const bool real = along.real(first_ + k);
-      for (int64_t i = 0; i < down.half(); ++i) {
-        // Every frequency stands for its opposite too, unless it is its own.
-        const double weight = (real && down.real(i) ? 1.0 : 2.0) / static_cast<double>(down.length * along.length);
-        for (int64_t shift = 0; shift <= down.reach(); ++shift) {
-          row_mix_.push_back(weight * std::cos(down.angle(i, shift)));
-          row_mix_.push_back(weight * std::sin(down.angle(i, shift)));
-        }
-      }
-      for (int64_t shift = -along.reach(); shift <= along.reach(); ++shift) {
-        column_mix_.push_back(std::cos(along.angle(first_ + k, shift)));
-        column_mix_.push_back(real ? 0.0 : std::sin(along.angle(first_ + k, shift)));
-      }
-    }
+  const int64_t column_bytes = blocks_ * groups_ * plane(1, 0) * static_cast<int64_t>(sizeof(T));
+  const int64_t possible = std::max(kPlaneBytes, panel_bytes / 2) / column_bytes;
+  const int64_t most = std::clamp<int64_t>(possible, 1, std::min(kMostColumns, columns));
+  group_ = plane(most, 0) + plane_;  // an odd number of planes: neighbours do not share cache sets
+  block_ = groups_ * group_ + plane_;
+  if (allocated_ < blocks_ * block_) planes_ = allocate<T>(allocated_ = blocks_ * block_);
+  row_waves_ = axes_[0].waves(0, axes_[0].half());
+  for (first_ = 0; first_ < columns; first_ += columns_) {
+    columns_ = std::min(most, columns - first_);
+    tabulate();
     parallel(blocks_ * groups_, [&](int64_t task) {
       const int64_t block = task % blocks_;
       const auto side = std::find_if(sides_.rbegin(), sides_.rend(), [&](const auto& s) { return s->start <= block; });

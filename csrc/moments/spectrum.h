@@ -1,11 +1,13 @@
 // Sums over all positions at many shifts from discrete Fourier transforms.
 //
-// By the convolution theorem the sums S_d = Σ_t u(t) v(t + d) of all shifts d come from one product conj(û(f)) v̂(f) for
-// each frequency f of a torus on which the shifts do not wrap around. Its real and imaginary parts take three products
-// of planes (Gauss): p₀ = a c, p₁ = b d, p₂ = (a + b)(d − c) for û = a + ib, v̂ = c + id. The planes of a frequency hold
-// its real part, imaginary part, sum and difference for all tiles of all images: each product is one sum over them.
+// By the convolution theorem the sums S_d = Σ_t u(t) v(t + d) of all shifts d come from one product conj(û(f)) v̂(f)
+// for each frequency f of a torus on which the shifts do not wrap around. Its real and imaginary parts, p₀ + p₁ and
+// p₂ + p₀ − p₁, take three products (Gauss): p₀ = a c, p₁ = b d, p₂ = (a + b)(d − c) for û = a + ib, v̂ = c + id. The
+// planes of a frequency hold real part, imaginary part, their sum and their difference, imaginary less real, for all
+// tiles of all images: each product is one sum over them.
 #pragma once
 
+#include <cstdlib>
 #include <functional>
 #include <vector>
 
@@ -17,6 +19,7 @@ namespace growkern {
 template <class T>
 using Places = std::function<T*(const Moment<T>&, int64_t u, int64_t v, int64_t vector)>;
 
+// Those of all moments of a batch that are worth it.
 template <class T>
 class Spectrum {
  public:
@@ -56,13 +59,14 @@ class Spectrum {
     int64_t u0, u1, v0, v1;
   };
 
-  void lay_out(Axis& axis, int64_t u_size, int64_t v_size) const;
+  void lay_out(Axis& axis, int64_t u_size, int64_t v_size, int64_t most) const;
   Span span(const Axis& axis, const Side& side, int axis_index, int64_t tile) const;
   const Side* side(const Source<T>* source, bool left);
   int64_t tiles() const { return axes_[0].tiles * axes_[1].tiles; }
   // Of the four planes of a frequency, among those of a group of positions.
   int64_t plane(int64_t column, int64_t row) const { return (column * axes_[0].half() + row) * 8 * plane_; }
   T* planes(const Side& side, int64_t block) const { return planes_.get() + (side.start + block) * block_; }
+  void tabulate();
   void transform(const Side& side, const Panels<T>& panels, int64_t block, int64_t group);
   void multiply(const Task& task, const Places<T>& places);
   void store(const Task& task, int64_t u, int64_t v, const double* rows, const Places<T>& places) const;
