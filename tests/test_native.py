@@ -43,22 +43,26 @@ RUNS = [
     LinearCase(op="linear_residual", name="runs", rows=1000, widths=(33, 65, 10), draws=17, rows_per_sign=64),
     LinearCase(op="linear_residual", name="a long run", rows=12288, widths=(5, 17, 3), draws=2, rows_per_sign=8192),
 ]
-# Even maps of enough channels and positions that sums are mixed from products of planes.
-PLANES = [
+# Enough channels and images that sums over all positions are made by Fourier transforms, of whole maps or of tiles.
+TRANSFORMED = [
     Conv2dCase(
-        op="conv2d_moments", name=f"planes {name}-{kernel}", channels=(48, 40, 33), maps=maps, producer=producer,
-        consumer=consumer, kernel=kernel,
+        op="conv2d_moments", name=f"transformed {name}-{kernel}", batch=batch, channels=(48, 40, 33), maps=maps,
+        producer=producer, consumer=consumer, kernel=kernel,
     )
     for kernel in ("full", "center")
-    for name, maps, producer, consumer in (
-        ("3×3", (16, 18), ConvGeometry(3, 1, 1), ConvGeometry(3, 1, 1)),
-        ("3×3 valid", (20, 22), ConvGeometry(3), ConvGeometry(3)),
-        ("5×5", (18, 16), ConvGeometry(5, 1, 2), ConvGeometry(5, 1, 2)),
-        ("4×4 then 2×2", (18, 16), ConvGeometry(4, 1, 1), ConvGeometry(2)),
-        ("1×1 then 3×3", (16, 16), ConvGeometry(1), ConvGeometry(3, 1, 1)),
-        ("3×1 then 1×3", (18, 16), ConvGeometry((3, 1), 1, (1, 0)), ConvGeometry((1, 3), 1, (0, 1))),
-        ("dilation 2", (18, 16), ConvGeometry(3, 1, 2, 2), ConvGeometry(3, 1, 2, 2)),
-        ("wide padding", (16, 16), ConvGeometry(3, 1, 3), ConvGeometry(3, 1, 2)),
+    for name, batch, maps, producer, consumer in (
+        ("3×3", 19, (8, 7), ConvGeometry(3, 1, 1), ConvGeometry(3, 1, 1)),
+        ("3×3 tiles", 5, (37, 34), ConvGeometry(3, 1, 1), ConvGeometry(3, 1, 1)),
+        ("3×3 valid", 16, (10, 12), ConvGeometry(3), ConvGeometry(3)),
+        ("3×3 valid tiles", 9, (5, 38), ConvGeometry(3), ConvGeometry(3)),
+        ("5×5", 17, (9, 8), ConvGeometry(5, 1, 2), ConvGeometry(5, 1, 2)),
+        ("4×4 then 2×2", 16, (9, 8), ConvGeometry(4, 1, 1), ConvGeometry(2)),
+        ("1×1 then 3×3", 16, (8, 8), ConvGeometry(1), ConvGeometry(3, 1, 1)),
+        ("3×1 then 1×3", 18, (8, 8), ConvGeometry((3, 1), 1, (1, 0)), ConvGeometry((1, 3), 1, (0, 1))),
+        ("dilation 2", 16, (9, 8), ConvGeometry(3, 1, 2, 2), ConvGeometry(3, 1, 2, 2)),
+        ("wide padding", 16, (8, 8), ConvGeometry(3, 1, 3), ConvGeometry(3, 1, 2)),
+        ("3×3 stride 2 then 3×3", 16, (13, 12), ConvGeometry(3, 2, 1), ConvGeometry(3, 1, 1)),
+        ("3×3 then 3×3 stride 2", 16, (9, 8), ConvGeometry(3, 1, 1), ConvGeometry(3, 2, 1)),
     )
 ]  # fmt: skip
 
@@ -96,7 +100,7 @@ def test_moments_of_every_instruction_set(case):
 @every_set
 @pytest.mark.usefixtures("_instruction_set")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("case", LARGE + RUNS + PLANES, ids=str)
+@pytest.mark.parametrize("case", LARGE + RUNS + TRANSFORMED, ids=str)
 def test_large_moments(case, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -107,7 +111,7 @@ def test_large_moments(case, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", LARGE + RUNS + PLANES, ids=str)
+@pytest.mark.parametrize("case", LARGE + RUNS + TRANSFORMED, ids=str)
 def test_error_is_at_most_twice_that_of_pytorch(case):
     args, named = case.arguments(torch.float32, seed=3)
     double_args, double_named = to_double((args, named))
@@ -122,7 +126,7 @@ def test_error_is_at_most_twice_that_of_pytorch(case):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
-    for case in LARGE:
+    for case in LARGE + TRANSFORMED[:2]:
         args, named = case.arguments(torch.float32)
         results = []
         for threads in (1, 2, 3):
@@ -135,7 +139,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_symmetric_moments_are_symmetric_bit_by_bit():
-    for case in [case for case in LARGE + MOMENTS if case.op.endswith("moments")]:
+    for case in [case for case in LARGE + MOMENTS + TRANSFORMED[:2] if case.op.endswith("moments")]:
         args, named = case.arguments(torch.float32)
         with use_backend("cpp"):
             xx, _, _, hh, _, vv = case.function(*args, **named)
@@ -154,7 +158,7 @@ def test_a_feature_that_is_never_read_has_no_moment():
     assert torch.equal(xx == 0, expected == 0)
 
 
-@pytest.mark.parametrize("case", [LARGE[0], LARGE[3]], ids=str)
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[3], TRANSFORMED[0]], ids=str)
 def test_nan_spoils_its_own_channel_only(case):
     args, named = case.arguments(torch.float32)
     args[0].select(1, 2).fill_(torch.nan)

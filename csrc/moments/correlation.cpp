@@ -8,35 +8,62 @@
 namespace growkern {
 namespace {
 
-// What a visit of a sum costs beside its multiplications, in positions, about: where every other row has another
-// weight, as under a consumer of stride 2, there are too many sums to be worth it.
+// What a visit of a sum costs beside its multiplications, in positions, about: where every third row has another
+// weight, as under a consumer of stride 3, there are too many sums to be worth it.
 constexpr double kVisit = 32;
 
-// Along one axis: the positions m of u, all (−1) or one, that a pair of taps sums at a shift, and their weight.
+// Along one axis: the positions m of u, one or Lines, that a pair of taps sums at a shift, and their weight.
 struct AxisTerm {
   int64_t position, shift;
   double weight;
 };
 
-std::vector<AxisTerm> axis_terms(int64_t u_length, int64_t v_length, const Window& u, const Window& v, int axis,
-                                 const std::vector<double>& weights, int64_t a, int64_t b) {
-  const int64_t u_offset = u.offset[axis] + u.step[axis] * a, v_offset = v.offset[axis] + v.step[axis] * b;
-  const int64_t shift = v_offset - u_offset;
-  const auto weight = [&](int64_t m) {
+// The most frequent number; 0 among none.
+double most_frequent(const std::map<double, int64_t>& counts) {
+  double found = 0;
+  int64_t most = 0;
+  for (const auto& [value, count] : counts) {
+    if (count <= most) continue;
+    found = value;
+    most = count;
+  }
+  return found;
+}
+
+template <class T>
+std::vector<AxisTerm> axis_terms(const Moment<T>& moment, int axis, int64_t a, int64_t b) {
+  const Source<T>&u = *moment.u, &v = *moment.v;
+  const int64_t u_offset = moment.u_window.offset[axis] + moment.u_window.step[axis] * a;
+  const int64_t shift = moment.v_window.offset[axis] + moment.v_window.step[axis] * b - u_offset;
+  const std::vector<double>& weights = moment.weights[axis];
+  std::vector<std::pair<int64_t, double>> read;  // positions where neither is zero, and their weights
+  std::map<double, int64_t> counts, counts_of[2];
+  const int64_t first = std::max<int64_t>(0, -shift), last = std::min(u.size[axis], v.size[axis] - shift);
+  for (int64_t m = first; m < last; ++m) {
+    if (m % u.apart[axis] != 0 || (m + shift) % v.apart[axis] != 0) continue;
     const int64_t sample = m - u_offset;
-    return sample >= 0 && sample < static_cast<int64_t>(weights.size()) ? weights[sample] : 0.0;
-  };
-  // Elsewhere v is zero at the shift.
-  const int64_t first = std::max<int64_t>(0, -shift), last = std::min(u_length, v_length - shift);
-  std::map<double, int64_t> counts;
-  for (int64_t m = first; m < last; ++m) ++counts[weight(m)];
-  double common = 0;
-  for (const auto& [value, count] : counts)
-    if (count > counts[common]) common = value;
+    const bool inside = !u.patches && sample >= 0 && sample < static_cast<int64_t>(weights.size());
+    const double weight = u.patches ? 1 : inside ? weights[sample] : 0;  // patches carry theirs
+    read.emplace_back(m, weight);
+    ++counts[weight];
+    ++counts_of[m % 2][weight];
+  }
+  const double common = most_frequent(counts);
+  const double common_of[2] = {most_frequent(counts_of[0]), most_frequent(counts_of[1])};
+  int64_t others = 0, others_of = 1;
+  for (const auto& [m, weight] : read) {
+    others += weight != common;
+    others_of += weight != common_of[m % 2];
+  }
+  const bool apart = u.apart[axis] > 1 || v.apart[axis] > 1 || others_of < others;
   std::vector<AxisTerm> terms;
-  if (common != 0) terms.push_back({-1, shift, common});
-  for (int64_t m = first; m < last; ++m)
-    if (weight(m) != common) terms.push_back({m, shift, weight(m) - common});
+  if (!apart && common != 0) terms.push_back({kAll, shift, common});
+  if (apart && common_of[0] != 0) terms.push_back({kEven, shift, common_of[0]});
+  if (apart && common_of[1] != 0) terms.push_back({kOdd, shift, common_of[1]});
+  for (const auto& [m, weight] : read) {
+    const double left = weight - (apart ? common_of[m % 2] : common);
+    if (left != 0) terms.push_back({m, shift, left});
+  }
   return terms;
 }
 
@@ -53,35 +80,38 @@ Pair shift_range(const Window& u, const Window& v, int axis) {
   return range;
 }
 
-double correlation_cost(const Pair& u_size, const Pair& v_size, const Window& u, const Window& v,
-                        const Weights& weights, bool symmetric) {
-  double positions = symmetric ? 0.5 : 1, sums = positions;
+Run run_of(int64_t lines, int64_t size) {
+  if (lines == kAll) return {0, 1, size};
+  if (lines == kEven) return {0, 2, (size + 1) / 2};
+  if (lines == kOdd) return {1, 2, size / 2};
+  return {lines, 1, 1};
+}
+
+template <class T>
+double correlation_cost(const Moment<T>& moment) {
+  double positions = moment.symmetric ? 0.5 : 1, sums = positions;
   for (int axis : {0, 1}) {
     std::set<std::pair<int64_t, int64_t>> seen;
     double visited = 0;
-    for (int64_t a = 0; a < u.taps[axis]; ++a)
-      for (int64_t b = 0; b < v.taps[axis]; ++b)
-        for (const AxisTerm& term : axis_terms(u_size[axis], v_size[axis], u, v, axis, weights[axis], a, b))
+    for (int64_t a = 0; a < moment.u_window.taps[axis]; ++a)
+      for (int64_t b = 0; b < moment.v_window.taps[axis]; ++b)
+        for (const AxisTerm& term : axis_terms(moment, axis, a, b))
           if (seen.emplace(term.position, term.shift).second)
-            visited += term.position < 0 ? static_cast<double>(u_size[axis]) : 1;
+            visited += static_cast<double>(run_of(term.position, moment.u->size[axis]).count);
     positions *= visited;
     sums *= static_cast<double>(seen.size());
   }
-  const double visits = static_cast<double>(u_size[0] * u_size[1]) / kGroupRows;
+  const double visits = static_cast<double>(moment.u->size[0] * moment.u->size[1]) / kGroupRows;
   return positions + kVisit * visits * sums;
 }
 
 template <class T>
 void Moment<T>::plan() {
-  Weights factors = weights;
-  if (u->patches)  // they carry the weights themselves
-    for (auto& axis : factors) std::fill(axis.begin(), axis.end(), 1.0);
   std::array<std::vector<std::vector<AxisTerm>>, 2> axis_pairs;
   for (int axis : {0, 1})
     for (int64_t a = 0; a < u_window.taps[axis]; ++a)
       for (int64_t b = 0; b < v_window.taps[axis]; ++b)
-        axis_pairs[axis].push_back(
-            axis_terms(u->size[axis], v->size[axis], u_window, v_window, axis, factors[axis], a, b));
+        axis_pairs[axis].push_back(axis_terms(*this, axis, a, b));
   const auto each_pair = [&](const auto& visit) {
     const int64_t taps_u = u_window.count(), taps_v = v_window.count();
     for (int64_t a = 0; a < taps_u; ++a) {
@@ -119,5 +149,7 @@ void Moment<T>::plan() {
 
 template struct Moment<float>;
 template struct Moment<double>;
+template double correlation_cost(const Moment<float>&);
+template double correlation_cost(const Moment<double>&);
 
 }  // namespace growkern

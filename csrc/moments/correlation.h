@@ -1,8 +1,9 @@
 // A moment of two tapped maps as correlations: block (a, b) = Σ_l ω(l) u(l + a) v(l + b)ᵀ.
 //
 // With m = l + a the shift between the two maps is the same for all pairs of taps of one difference, and the
-// weights of m are constant but for a few rows and columns at the border. So every block is a combination of few
-// sums: over all positions m, over one row, over one column, over one position, each at some shift.
+// weights of m are constant but for a few rows and columns at the border, or, under strides of 2, one constant for even
+// and one for odd rows and columns. So every block is a combination of few sums: over all positions m or every other
+// row or column, over one row, over one column, over one position, each at some shift.
 #pragma once
 
 #include <cstdint>
@@ -22,27 +23,20 @@ struct Term {
   T coefficient;
 };
 
-// Along one axis, tile t of a plane is a[stride·t + first] + sign·a[stride·t + second], without the second at 0.
-struct Blend {
-  int64_t stride, first, second, sign;
+// Rows or columns of u: one of them, or these.
+enum Lines : int64_t { kAll = -1, kEven = -2, kOdd = -3 };
+
+// Every step-th from `first` on.
+struct Run {
+  int64_t first, step, count;
 };
+Run run_of(int64_t lines, int64_t size);
 
 // The sums over the same positions of u, one for each shift of v.
 struct Group {
-  int64_t row, column;          // −1 stands for all
+  int64_t row, column;          // or Lines
   std::vector<int64_t> shifts;  // in positions of the packed map; narrow panels reach the next ones too
   int64_t first;                // the number of sums in the groups before this one
-  // Instead of the maps, planes of them; strides of 0 for none.
-  std::array<Blend, 2> u_blends{}, v_blends{};
-
-  bool blended() const { return u_blends[0].stride > 0; }
-};
-
-// Adds coefficient · the sum of group `from` to sum `vector` of the mixed group.
-template <class T>
-struct Mix {
-  int64_t vector, from;
-  T coefficient;
 };
 
 template <class T>
@@ -57,8 +51,7 @@ struct Moment {
   T* null = nullptr;  // the same under each of v's draws of signs, one after the other
 
   std::vector<Group> groups;
-  int64_t mixed = -1;  // the group that is not summed but mixed from others, if any
-  std::vector<Mix<T>> mixes;
+  int64_t transformed = -1;  // the group whose sums a Spectrum makes, if any
   int64_t sums = 0;
   std::vector<std::vector<Term<T>>> terms;  // of each pair of taps; of a symmetric one only a ≤ b
 
@@ -75,7 +68,7 @@ struct Moment {
 Pair shift_range(const Window& u, const Window& v, int axis);
 
 // Multiplications per pair of channels and image by correlation, about.
-double correlation_cost(const Pair& u_size, const Pair& v_size, const Window& u, const Window& v,
-                        const Weights& weights, bool symmetric);
+template <class T>
+double correlation_cost(const Moment<T>& moment);
 
 }  // namespace growkern

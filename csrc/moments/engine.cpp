@@ -9,7 +9,6 @@
 
 #include "../parallel.h"
 #include "multiply.h"
-#include "planes.h"
 
 namespace growkern {
 namespace {
@@ -24,12 +23,10 @@ constexpr double kPartWork = 2 << 20, kLargePartWork = 64 << 20;
 constexpr int64_t kFewParts = 8, kMostParts = 64;
 // Sums per item: enough that panels are read from memory seldom; and fewer where each is held for every draw as well.
 constexpr double kItemSums = 64, kDrawItemSums = 16;
-// Blocks of u and v of an item whose products are those of planes.
-constexpr Pair kPlaneSides{4, 8};
 // Items of the whole batch, about, whatever the number of threads, so that results do not depend on it.
 constexpr double kItems = 24;
 
-// Tiles of blocks of all moments.
+// Tiles of blocks of all moments, and what their sums cost but for those that a Spectrum makes.
 template <class T>
 std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
   std::vector<Item<T>> items;
@@ -37,23 +34,20 @@ std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
     if (moment.groups.empty()) continue;
     const Source<T>&u = *moment.u, &v = *moment.v;
     double work = 0;
+    double most = 1;  // shifts of a group
     for (const Group& group : moment.groups) {
-      if (&group - moment.groups.data() == moment.mixed) continue;
-      const Pair stride = group.blended() ? Pair{group.u_blends[0].stride, group.u_blends[1].stride} : Pair{1, 1};
-      const int64_t rows = group.row < 0 ? u.size[0] / stride[0] : 1;
-      const int64_t columns = group.column < 0 ? u.size[1] / stride[1] : 1;
-      work += static_cast<double>(group.shifts.size()) * static_cast<double>(rows * columns);
+      if (&group - moment.groups.data() == moment.transformed) continue;
+      const int64_t rows = run_of(group.row, u.size[0]).count, columns = run_of(group.column, u.size[1]).count;
+      const auto shifts = static_cast<double>(group.shifts.size());
+      work += shifts * static_cast<double>(rows * columns);
+      most = std::max(most, shifts);
     }
-    const auto main_shifts = static_cast<double>(std::max_element(
-        moment.groups.begin(), moment.groups.end(),
-        [](const Group& a, const Group& b) { return a.shifts.size() < b.shifts.size(); })->shifts.size());
     const double wanted = moment.summed_draws() > 0 ? kDrawItemSums : kItemSums;
-    const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / main_shifts)));
-    const Pair sides = moment.mixed < 0 ? Pair{side, side} : kPlaneSides;
-    for (int64_t u0 = 0; u0 < u.blocks; u0 += sides[0]) {
-      for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += sides[1]) {
+    const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / most)));
+    for (int64_t u0 = 0; u0 < u.blocks; u0 += side) {
+      for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += side) {
         Item<T> item{
-            &moment, u0, std::min(u0 + sides[0], u.blocks), v0, std::min(v0 + sides[1], v.blocks), 0, 1, 0, 0};
+            &moment, u0, std::min(u0 + side, u.blocks), v0, std::min(v0 + side, v.blocks), 0, 1, 0, 0};
         item.cost = work * static_cast<double>((item.u1 - u0) * (item.v1 - v0));
         items.push_back(item);
       }
@@ -71,12 +65,11 @@ double total_cost(const std::vector<Item<T>>& items) {
 
 // Splits expensive items by images.
 template <class T>
-std::vector<Item<T>> divide(const std::vector<Item<T>>& whole, int64_t images, int64_t most_mixed) {
+std::vector<Item<T>> divide(const std::vector<Item<T>>& whole, int64_t images) {
   const double total = total_cost(whole);
   std::vector<Item<T>> items;
   for (Item<T> item : whole) {
-    const int64_t most = item.moment->mixed < 0 ? images : std::min(images, most_mixed);
-    item.parts = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(item.cost * kItems / total)), 1, most);
+    item.parts = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(item.cost * kItems / total)), 1, images);
     item.cost /= static_cast<double>(item.parts);
     for (item.part = 0; item.part < item.parts; ++item.part) items.push_back(item);
   }
@@ -93,19 +86,20 @@ int64_t place(std::vector<Item<T>>& items) {
   return elements;
 }
 
-// Writes rows × columns of a pair of taps: out[i·row_step + j·column_step] = Σ over terms and parts.
+// Writes rows × columns of a pair of taps: out[i·row_step + j·column_step] = Σ over terms, in double precision because
+// borders are subtracted.
 template <class T>
 void emit(const Moment<T>& moment, const Item<T>* item, const T* sums, int64_t u, int64_t v, int64_t draw,
           const std::vector<Term<T>>& terms, T* out, int64_t row_step, int64_t column_step) {
   const int64_t rows = moment.u->channels_of(u), columns = moment.v->channels_of(v);
   for (int64_t i = 0; i < rows; ++i) {
-    T values[kLanes<T>] = {};
+    double values[kLanes<T>] = {};
     for (const Term<T>& term : terms) {
       const int64_t offset = item->offset(u, v, moment.groups[term.group], term.vector) +
                              draw * item->draw_elements() + i * kLanes<T> + term.lane;
       for (int64_t j = 0; j < columns; ++j) values[j] += term.coefficient * sums[item->start + offset + j];
     }
-    for (int64_t j = 0; j < columns; ++j) out[i * row_step + j * column_step] = values[j];
+    for (int64_t j = 0; j < columns; ++j) out[i * row_step + j * column_step] = static_cast<T>(values[j]);
   }
 }
 
@@ -211,7 +205,7 @@ void want_sums(Source<T>& source, const Window& window, const Weights& weights) 
 }
 
 template <class T>
-Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t image_bytes) {
+Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t image_bytes, bool together) {
   Schedule<T> plan;
   plan.items = split(moments);
   plan.sum_elements = place(plan.items);
@@ -223,14 +217,23 @@ Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t im
   };
   const int64_t few = parts(kPartWork, 1, kFewParts), wanted = parts(kLargePartWork, few, kMostParts);
   const int64_t possible = std::min(images, kPartSumBytes / (bytes + 1));
-  plan.parts = possible >= few ? std::min(wanted, possible) : 1;
+  plan.parts = possible >= few && !together ? std::min(wanted, possible) : 1;
   int64_t budget = kPartPanelBytes;
-  if (plan.parts < few) {
-    budget = kBatchPanelBytes + bytes / 2;
-    plan.items = divide(plan.items, images, std::max<int64_t>(1, kPartSumBytes / bytes));  // they have many sums
+  if (plan.parts < few || together) {
+    // Transforms are mixed once for all images at hand.
+    budget = std::max(kBatchPanelBytes + bytes / 2, together ? images * image_bytes / 2 : 0);
+    plan.items = divide(plan.items, images);
     plan.sum_elements = place(plan.items);
   }
-  plan.images_at_once = std::clamp<int64_t>(budget / image_bytes, 1, (images + plan.parts - 1) / plan.parts);
+  const int64_t own = (images + plan.parts - 1) / plan.parts;  // of a part
+  const int64_t most = std::clamp<int64_t>(budget / image_bytes, 1, own), times = (own + most - 1) / most;
+  plan.images_at_once = (own + times - 1) / times;
+  for (const Item<T>& item : plan.items) {
+    auto& held = plan.held[item.moment];
+    held.resize(item.moment->u->blocks * item.moment->v->blocks, nullptr);
+    for (int64_t u = item.u0; item.part == 0 && u < item.u1; ++u)
+      for (int64_t v = item.v0; v < item.v1; ++v) held[u * item.moment->v->blocks + v] = &item;
+  }
   plan.order.resize(plan.items.size());
   std::iota(plan.order.begin(), plan.order.end(), size_t{0});
   std::stable_sort(plan.order.begin(), plan.order.end(),
@@ -258,6 +261,11 @@ void Batch<T>::sum_part(const Schedule<T>& plan, int64_t part, int64_t reach, st
       if (first == begin) std::memset(sums + item.start, 0, item.elements() * sizeof(T));
       multiply_item(item, panels, first, count, sums);
     });
+    if (!spectrum.empty())
+      spectrum.add(panels, count, [&](const Moment<T>& moment, int64_t u, int64_t v, int64_t vector) {
+        const Item<T>& item = *plan.holder(moment, u, v);
+        return sums + item.start + item.offset(u, v, moment.groups[moment.transformed], vector);
+      });
   }
 }
 
@@ -275,9 +283,9 @@ void Batch<T>::run() {
     if (moment.v_bias) want_sums(*moment.u, moment.u_window, moment.weights);
     for (const Group& group : moment.groups)
       for (int64_t shift : group.shifts) reach = std::max(reach, std::abs(shift));
-    use_planes(moment);
   }
-  Schedule<T> plan = schedule(moments, std::max<int64_t>(images, 1), image_bytes);
+  spectrum.take(moments, images);
+  const Schedule<T> plan = schedule(moments, std::max<int64_t>(images, 1), image_bytes, !spectrum.empty());
   const Buffer<T> sums = allocate<T>(plan.parts * plan.sum_elements);
   std::vector<std::vector<Panels<T>>> panels(plan.parts);
   each(plan.parts == 1, plan.parts, [&](int64_t part) {
@@ -293,7 +301,6 @@ void Batch<T>::run() {
       add(sums.get() + item.start, sums.get() + part * plan.sum_elements + item.start, item.elements());
     for (int64_t part = 1; item.part == 0 && part < item.parts; ++part)
       add(sums.get() + item.start, sums.get() + plan.items[i + part].start, item.elements());
-    if (item.part == 0) mix(item, sums.get());
   });
   for (int64_t part = 1; part < plan.parts; ++part)
     for (size_t source = 0; source < sources.size(); ++source)
@@ -302,13 +309,8 @@ void Batch<T>::run() {
 
   for (const Moment<T>& moment : moments) {
     const int64_t blocks = moment.v->blocks;
-    std::vector<const Item<T>*> held(moment.u->blocks * blocks, nullptr);
-    for (const Item<T>& item : plan.items)
-      if (item.moment == &moment && item.part == 0)
-        for (int64_t u = item.u0; u < item.u1; ++u)
-          for (int64_t v = item.v0; v < item.v1; ++v) held[u * blocks + v] = &item;
-    const auto holder = [&](int64_t u, int64_t v) { return held[u * blocks + v]; };
-    const int64_t pairs = static_cast<int64_t>(held.size());
+    const auto holder = [&](int64_t u, int64_t v) { return plan.holder(moment, u, v); };
+    const int64_t pairs = moment.u->blocks * blocks;
     parallel(pairs * (1 + moment.summed_draws()), [&](int64_t task) {
       assemble(moment, sums.get(), task / pairs, task % pairs / blocks, task % pairs % blocks, holder);
     });

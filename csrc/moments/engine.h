@@ -1,10 +1,11 @@
 // Runs moments over a batch: pack some images, multiply, and in the end assemble the results.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <vector>
 
-#include "correlation.h"
+#include "spectrum.h"
 
 namespace growkern {
 
@@ -37,6 +38,13 @@ struct Schedule {
   std::vector<Item<T>> items;
   std::vector<size_t> order;  // the most expensive item first, so that threads end together
   int64_t parts, images_at_once, sum_elements;
+  std::map<const Moment<T>*, std::vector<const Item<T>*>> held;
+
+  // The item that has the sums of two blocks, or the first of them; none where nothing is summed.
+  const Item<T>* holder(const Moment<T>& moment, int64_t u, int64_t v) const {
+    const auto found = held.find(&moment);
+    return found == held.end() ? nullptr : found->second[u * moment.v->blocks + v];
+  }
 };
 
 template <class T>
@@ -44,6 +52,7 @@ struct Batch {
   int64_t images;
   std::vector<std::unique_ptr<Source<T>>> sources;
   std::vector<Moment<T>> moments;
+  Spectrum<T> spectrum;
 
   void run();
 

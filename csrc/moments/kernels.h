@@ -1,6 +1,7 @@
 // What the instruction sets have in common: sums of outer products over a walk, and the packing before them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "../isa.h"
@@ -11,6 +12,8 @@ namespace growkern {
 constexpr int64_t kPanelBytes = 64;
 template <class T>
 constexpr int64_t kLanes = kPanelBytes / static_cast<int64_t>(sizeof(T));
+
+using Pair = std::array<int64_t, 2>;  // rows, columns
 
 enum class Dtype { float16, bfloat16, float32, float64 };
 
@@ -44,8 +47,15 @@ struct Kernels {
                    const Sums<T>& acc);
   // out[x·stride + c] = row[c, x]
   void (*pack)(const Row&, T* out, int64_t stride);
-  // out[x] = Σ_k signs[k]·in[k][x·step], rows of kLanes, for x < length; two or four in[k], or one.
-  void (*blend)(const T* const* in, const T* signs, int64_t count, int64_t step, int64_t length, T* out);
+  // What spectrum.h asks for. From the real transforms of the real and, `imaginary` elements further, of the imaginary
+  // parts of columns: four planes, `plane` elements apart, of each of `count` frequencies and of its opposite.
+  void (*join)(const T* parts, int64_t imaginary, int64_t count, T* out, int64_t plane);
+  // Adds products of such pairs of frequencies to sums at shifts −reach … reach of rows, real and imaginary parts;
+  // factors: cosine and sine for each frequency and each shift from 0 on.
+  void (*mix_rows)(const T* products, int64_t count, const double* factors, int64_t reach, double* out);
+  // From there, for all columns of frequencies together, to sums at shifts (row, column); factors: cosine and sine for
+  // each column of frequencies and each shift of columns.
+  void (*mix_columns)(const double* rows, int64_t count, const double* factors, const Pair& reach, T* out);
 };
 
 extern const Kernels<float> portable_float, avx2_float, avx512_float;

@@ -161,27 +161,92 @@ void pack(const Row& row, T* out, int64_t stride) {
     for (int64_t c = 0; c < row.channels; ++c) out[x * stride + c] = data[c * row.channel_stride + x * row.step];
 }
 
-template <class T, int Count>
-void blend_of(const T* const* in, const T* signs, int64_t step, int64_t length, T* out) {
+template <class T>
+void join(const T* parts, int64_t imaginary, int64_t count, T* out, int64_t plane) {
   typedef T Panel __attribute__((vector_size(kPanelBytes), aligned(sizeof(T)), may_alias));
-  for (int64_t x = 0; x < length; ++x) {
-    Panel sum = signs[0] * *reinterpret_cast<const Panel*>(in[0] + x * step * kLanes<T>);
-#pragma GCC unroll 4
-    for (int k = 1; k < Count; ++k) sum += signs[k] * *reinterpret_cast<const Panel*>(in[k] + x * step * kLanes<T>);
-    *reinterpret_cast<Panel*>(out + x * kLanes<T>) = sum;
+  const auto write = [&](const Panel& re, const Panel& im) {
+    *reinterpret_cast<Panel*>(out) = re;
+    *reinterpret_cast<Panel*>(out + plane) = im;
+    *reinterpret_cast<Panel*>(out + 2 * plane) = re + im;
+    *reinterpret_cast<Panel*>(out + 3 * plane) = im - re;
+    out += 4 * plane;
+  };
+  for (int64_t k = 0; k < count; ++k, parts += 2 * kLanes<T>) {
+    const Panel* re = reinterpret_cast<const Panel*>(parts);
+    const Panel* im = reinterpret_cast<const Panel*>(parts + imaginary);
+    write(re[0] - im[1], re[1] + im[0]);
+    write(re[0] + im[1], im[0] - re[1]);
   }
 }
 
-template <class T>
-void blend(const T* const* in, const T* signs, int64_t count, int64_t step, int64_t length, T* out) {
-  if (count == 1) return blend_of<T, 1>(in, signs, step, length, out);
-  if (count == 2) return blend_of<T, 2>(in, signs, step, length, out);
-  blend_of<T, 4>(in, signs, step, length, out);
+// Shifts ±first … ±(first + Count − 1).
+template <class T, int Bytes, int Count>
+void mix_some_rows(const T* products, int64_t count, const double* factors, int64_t first, int64_t reach, double* out) {
+  using Wide = typename VectorOf<double, Bytes>::type;
+  using Narrow = typename VectorOf<T, Bytes * sizeof(T) / sizeof(double)>::type;
+  constexpr int64_t square = kLanes<T> * kLanes<T>;
+  for (int64_t e = 0; e < square; e += Bytes / sizeof(double)) {
+    Wide even_re[Count] = {}, even_im[Count] = {}, odd_re[Count] = {}, odd_im[Count] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      Wide p[6];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i)
+        p[i] = __builtin_convertvector(*reinterpret_cast<const Narrow*>(products + (6 * k + i) * square + e), Wide);
+      const Wide re = p[0] + p[1], im = p[2] + p[0] - p[1], other_re = p[3] + p[4], other_im = p[5] + p[3] - p[4];
+#pragma GCC unroll 3
+      for (int j = 0; j < Count; ++j) {
+        const double* wave = factors + 2 * (k * (reach + 1) + first + j);
+        even_re[j] += wave[0] * (re + other_re);
+        even_im[j] += wave[0] * (im + other_im);
+        odd_re[j] += wave[1] * (im - other_im);
+        odd_im[j] += wave[1] * (re - other_re);
+      }
+    }
+#pragma GCC unroll 3
+    for (int j = 0; j < Count; ++j) {
+      double* ahead = out + (reach + first + j) * 2 * square + e;
+      double* back = out + (reach - first - j) * 2 * square + e;
+      *reinterpret_cast<Wide*>(ahead) += even_re[j] - odd_re[j];
+      *reinterpret_cast<Wide*>(ahead + square) += even_im[j] + odd_im[j];
+      if (first + j == 0) continue;
+      *reinterpret_cast<Wide*>(back) += even_re[j] + odd_re[j];
+      *reinterpret_cast<Wide*>(back + square) += even_im[j] - odd_im[j];
+    }
+  }
+}
+
+template <class T, int Bytes>
+void mix_rows(const T* products, int64_t count, const double* factors, int64_t reach, double* out) {
+  int64_t first = 0;
+  for (; first + 3 <= reach + 1; first += 3) mix_some_rows<T, Bytes, 3>(products, count, factors, first, reach, out);
+  if (reach + 1 - first == 2) mix_some_rows<T, Bytes, 2>(products, count, factors, first, reach, out);
+  if (reach + 1 - first == 1) mix_some_rows<T, Bytes, 1>(products, count, factors, first, reach, out);
+}
+
+template <class T, int Bytes>
+void mix_columns(const double* rows, int64_t count, const double* factors, const Pair& reach, T* out) {
+  using Wide = typename VectorOf<double, Bytes>::type;
+  using Narrow = typename VectorOf<T, Bytes * sizeof(T) / sizeof(double)>::type;
+  constexpr int64_t square = kLanes<T> * kLanes<T>;
+  const int64_t down = 2 * reach[0] + 1, along = 2 * reach[1] + 1;
+  for (int64_t y = 0; y < down; ++y) {
+    for (int64_t x = 0; x < along; ++x) {
+      for (int64_t e = 0; e < square; e += Bytes / sizeof(double)) {
+        Wide sum = {};
+        for (int64_t k = 0; k < count; ++k) {
+          const double* in = rows + (k * down + y) * 2 * square + e;
+          const double* wave = factors + 2 * (k * along + x);
+          sum += wave[0] * *reinterpret_cast<const Wide*>(in) - wave[1] * *reinterpret_cast<const Wide*>(in + square);
+        }
+        *reinterpret_cast<Narrow*>(out + (y * along + x) * square + e) = __builtin_convertvector(sum, Narrow);
+      }
+    }
+  }
 }
 
 template <class T, int Bytes, int MR>
 constexpr Kernels<T> table() {
-  return {multiply<T, Bytes, MR>, pack<T>, blend<T>};
+  return {multiply<T, Bytes, MR>, pack<T>, join<T>, mix_rows<T, Bytes>, mix_columns<T, Bytes>};
 }
 
 }  // namespace

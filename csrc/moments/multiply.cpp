@@ -7,8 +7,6 @@ namespace {
 
 // Positions summed in a register at once, unless a row has more: rounding grows with the chain of additions.
 constexpr int64_t kChain = 128;
-// Positions of the maps of which planes are made at one time.
-constexpr int64_t kPlanePositions = 512;
 // Images whose sums wait to be added up under all draws at once.
 constexpr int64_t kSignedImages = 8;
 
@@ -41,17 +39,17 @@ void multiply_group(const Item<T>& item, const Group& group, const std::vector<P
   for (int64_t block = item.v0; block < item.v1; ++block)
     for (int64_t shift : group.shifts)
       right.push_back(v_panels.first + block * v_panels.block_elements + shift * v.width);
-  const int64_t rows = group.row < 0 ? u.size[0] : 1, columns = group.column < 0 ? u.size[1] : 1;
-  const int64_t row0 = std::max<int64_t>(group.row, 0), column0 = std::max<int64_t>(group.column, 0);
+  const auto [row0, down, rows] = run_of(group.row, u.size[0]);
+  const auto [column0, along, columns] = run_of(group.column, u.size[1]);
   const int64_t image_step = std::max<int64_t>(1, kChain / (rows * columns));
   const int64_t row_step = std::max<int64_t>(1, kChain / columns);
   for (int64_t image = first; image < first + count; image += image_step) {
     for (int64_t row = 0; row < rows; row += row_step) {
       const int64_t images = std::min(image_step, first + count - image);
-      const int64_t position = (row0 + row) * u.pitch[1] + column0;
+      const int64_t position = (row0 + row * down) * u.pitch[1] + column0;
       const Walk walk = compact({{images, std::min(row_step, rows - row), columns},
-                                 {u.image_elements(), u.pitch[1] * u.width, u.width},
-                                 {v.image_elements(), v.pitch[1] * v.width, v.width}});
+                                 {u.image_elements(), down * u.pitch[1] * u.width, along * u.width},
+                                 {v.image_elements(), down * v.pitch[1] * v.width, along * v.width}});
       const T* left = u_panels.first + image * u.image_elements() + position * u.width;
       const int64_t shift = image * v.image_elements() + position * v.width;
       for (int64_t block = item.u0; block < item.u1; ++block) {
@@ -61,65 +59,6 @@ void multiply_group(const Item<T>& item, const Group& group, const std::vector<P
         kernels<T>().multiply(walk, left + block * u_panels.block_elements, u.channels_of(block),
                               right.data() + skipped, shift, static_cast<int64_t>(right.size()) - skipped,
                               {sums + item.offset(block, v0, group, 0)});
-      }
-    }
-  }
-}
-
-// Writes tiles of a plane of one block of an image.
-template <class T>
-void blend(const Source<T>& source, const T* in, const std::array<Blend, 2>& blends, int64_t row0, int64_t rows,
-           int64_t columns, T* out) {
-  const auto& [y, x] = blends;
-  const int64_t down = y.sign == 0 ? 1 : 2, along = x.sign == 0 ? 1 : 2;
-  for (int64_t row = row0; row < row0 + rows; ++row, out += columns * source.width) {
-    const T* from[4];
-    T signs[4];
-    for (int64_t i = 0; i < down; ++i) {
-      for (int64_t j = 0; j < along; ++j) {
-        const int64_t position = (y.stride * row + (i == 0 ? y.first : y.second)) * source.pitch[1];
-        from[i * along + j] = in + (position + (j == 0 ? x.first : x.second)) * source.width;
-        signs[i * along + j] = static_cast<T>((i == 0 ? 1 : y.sign) * (j == 0 ? 1 : x.sign));
-      }
-    }
-    kernels<T>().blend(from, signs, down * along, x.stride, columns, out);
-  }
-}
-
-// The same as multiply_group for all products of planes. Planes are made of a few rows of the maps at a time, so that
-// both stay in the L2 cache.
-template <class T>
-void multiply_planes(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t first, int64_t count, T* sums,
-                     std::vector<T>& planes) {
-  const Source<T>&u = *item.moment->u, &v = *item.moment->v;
-  const int64_t image_step = std::max<int64_t>(1, kPlanePositions / (u.size[0] * u.size[1]));
-  const int64_t row_step = std::clamp<int64_t>(kPlanePositions / u.size[1] / 2 * 2, 2, u.size[0]);
-  const int64_t u_count = item.u1 - item.u0, v_count = item.v1 - item.v0;
-  const int64_t area = image_step * row_step * u.size[1] * u.width;
-  planes.resize((u_count + v_count) * area);
-  std::vector<const T*> right;
-  for (int64_t block = 0; block < v_count; ++block) right.push_back(planes.data() + (u_count + block) * area);
-  for (int64_t image = first; image < first + count; image += image_step) {
-    const int64_t images = std::min(image_step, first + count - image);
-    for (int64_t row = 0; row < u.size[0]; row += row_step) {
-      for (const Group& group : item.moment->groups) {
-        if (!group.blended()) continue;
-        const int64_t stride = group.u_blends[0].stride, columns = u.size[1] / group.u_blends[1].stride;
-        const int64_t rows = std::min(row_step, u.size[0] - row) / stride;
-        const auto make = [&](const Source<T>& source, int64_t block, const std::array<Blend, 2>& blends, T* out) {
-          const Panels<T>& from = panels[source.index];
-          for (int64_t i = 0; i < images; ++i, out += rows * columns * source.width)
-            blend(source, from.first + block * from.block_elements + (image + i) * source.image_elements(), blends,
-                  row / stride, rows, columns, out);
-        };
-        for (int64_t block = 0; block < u_count; ++block)
-          make(u, item.u0 + block, group.u_blends, planes.data() + block * area);
-        for (int64_t block = 0; block < v_count; ++block)
-          make(v, item.v0 + block, group.v_blends, planes.data() + (u_count + block) * area);
-        const Walk walk{{1, 1, images * rows * columns}, {0, 0, u.width}, {0, 0, v.width}};
-        for (int64_t block = 0; block < u_count; ++block)
-          kernels<T>().multiply(walk, planes.data() + block * area, u.channels_of(item.u0 + block), right.data(), 0,
-                                v_count, {sums + item.offset(item.u0 + block, item.v0, group, 0)});
       }
     }
   }
@@ -152,7 +91,7 @@ void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, in
   const int64_t step = draws > 0 ? 1 : std::max<int64_t>(1, kGroupRows / positions);
   const int64_t elements = draws > 0 ? item.draw_elements() : 0;
   std::vector<const T*> right;
-  std::vector<T> waiting(kSignedImages * elements), planes;
+  std::vector<T> waiting(kSignedImages * elements);
   for (int64_t image = begin; image < end; image += step) {
     T* target = sums + item.start;
     const int64_t place = (image - begin) % kSignedImages;
@@ -161,32 +100,15 @@ void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, in
       std::fill(target, target + elements, T{0});
     }
     const int64_t images = std::min(step, end - image);
-    if (moment.mixed >= 0) multiply_planes(item, panels, image, images, target, planes);
     for (const Group& group : moment.groups)
-      if (!group.blended() && &group - moment.groups.data() != moment.mixed)
+      if (&group - moment.groups.data() != moment.transformed)
         multiply_group(item, group, panels, image, images, target, right);
     if (draws > 0 && (place + 1 == kSignedImages || image + 1 == end))
       add_signed(item, waiting, number + image - place, place + 1, sums + item.start);
   }
 }
 
-template <class T>
-void mix(const Item<T>& item, T* sums) {
-  const Moment<T>& moment = *item.moment;
-  for (const Mix<T>& each : moment.mixes) {
-    for (int64_t u = item.u0; u < item.u1; ++u) {
-      for (int64_t v = item.v0; v < item.v1; ++v) {
-        const T* from = sums + item.start + item.offset(u, v, moment.groups[each.from], 0);
-        T* to = sums + item.start + item.offset(u, v, moment.groups[moment.mixed], each.vector);
-        for (int64_t i = 0; i < kLanes<T> * kLanes<T>; ++i) to[i] += each.coefficient * from[i];
-      }
-    }
-  }
-}
-
 template void multiply_item<float>(const Item<float>&, const std::vector<Panels<float>>&, int64_t, int64_t, float*);
 template void multiply_item<double>(const Item<double>&, const std::vector<Panels<double>>&, int64_t, int64_t, double*);
-template void mix<float>(const Item<float>&, float*);
-template void mix<double>(const Item<double>&, double*);
 
 }  // namespace growkern

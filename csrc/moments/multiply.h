@@ -1,4 +1,4 @@
-// The products of one item: of panels as they are, and of planes.
+// The products of one item.
 #pragma once
 
 #include <vector>
@@ -10,9 +10,5 @@ namespace growkern {
 // Adds the sums of `count` packed images, of which the first is number `number` of the batch.
 template <class T>
 void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t number, int64_t count, T* sums);
-
-// Makes the sums of a mixed group.
-template <class T>
-void mix(const Item<T>& item, T* sums);
 
 }  // namespace growkern

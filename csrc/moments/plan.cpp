@@ -14,6 +14,19 @@ bool all_ones(const Weights& weights) {
   });
 }
 
+// Makes a window dense along one axis: where samples are two positions apart for it or the other one, the samples
+// between them are counted too, and then, or where it reads every half position, positions of the map are put apart.
+int64_t spread(Window& window, int axis, bool samples_apart) {
+  int64_t apart = window.divisor[axis];
+  if (samples_apart && window.stride[axis] == 1) {
+    apart *= 2;
+    window.offset[axis] *= 2;
+    window.step[axis] *= 2;
+  }
+  window.stride[axis] = window.divisor[axis] = 1;
+  return apart;
+}
+
 }  // namespace
 
 Weights constant(const Pair& size, double value) {
@@ -21,16 +34,16 @@ Weights constant(const Pair& size, double value) {
 }
 
 template <class T>
-Source<T>* Planner<T>::whole(int map) {
-  if (whole_[map] == nullptr) {
-    Source<T> source;
-    source.map = maps_[map];
-    source.size = maps_[map].size;
-    source.channels = maps_[map].channels;
-    batch_.sources.push_back(std::make_unique<Source<T>>(std::move(source)));
-    whole_[map] = batch_.sources.back().get();
-  }
-  return whole_[map];
+Source<T>* Planner<T>::whole(int map, const Pair& apart) {
+  for (auto& known : batch_.sources)
+    if (!known->patches && known->map == maps_[map] && known->apart == apart) return known.get();
+  Source<T> source;
+  source.map = maps_[map];
+  source.apart = apart;
+  for (int axis : {0, 1}) source.size[axis] = std::max<int64_t>(0, (maps_[map].size[axis] - 1) * apart[axis] + 1);
+  source.channels = maps_[map].channels;
+  batch_.sources.push_back(std::make_unique<Source<T>>(std::move(source)));
+  return batch_.sources.back().get();
 }
 
 template <class T>
@@ -61,24 +74,39 @@ Moment<T>& Planner<T>::add(int u, const Window& u_window, bool u_bias, int v, co
   moment.v_bias = v_bias;
   moment.out = out;
   const Pair size{static_cast<int64_t>(weights[0].size()), static_cast<int64_t>(weights[1].size())};
-  const Pair &u_size = maps_[u].size, &v_size = maps_[v].size;
   const double gathered = (moment.symmetric ? 0.5 : 1) * kGather * static_cast<double>(size[0] * size[1]) *
                           static_cast<double>(u_window.count() * v_window.count());
-  if (u_window.dense() && v_window.dense() &&
-      correlation_cost(u_size, v_size, u_window, v_window, weights, moment.symmetric) <= gathered) {
-    moment.u = whole(u);
-    moment.v = whole(v);
-    moment.u_window = u_window;
-    moment.v_window = v_window;
+  moment.u_window = u_window;
+  moment.v_window = v_window;
+  Pair u_apart, v_apart;
+  bool near = true;
+  for (int axis : {0, 1}) {
+    const bool samples_apart = u_window.stride[axis] == 2 || v_window.stride[axis] == 2;
+    near &= std::max(u_window.stride[axis], v_window.stride[axis]) <= 2;
+    u_apart[axis] = spread(moment.u_window, axis, samples_apart);
+    v_apart[axis] = spread(moment.v_window, axis, samples_apart);
+    near &= u_apart[axis] <= 2 && v_apart[axis] <= 2;
+    if (!samples_apart) continue;
+    auto& along = moment.weights[axis];
+    along.assign(2 * size[axis], 0);
+    for (int64_t sample = 0; sample < size[axis]; ++sample) along[2 * sample] = weights[axis][sample];
+  }
+  if (near) {
+    moment.u = whole(u, u_apart);
+    moment.v = whole(v, v_apart);
+  }
+  if (near && correlation_cost(moment) <= gathered) {
     for (int axis : {0, 1}) {
       // Zeros enough that no shift reaches from one row or image into the next.
-      const Pair shifts = shift_range(u_window, v_window, axis);
-      pitch_[axis] =
-          std::max({pitch_[axis], u_size[axis], v_size[axis], v_size[axis] - shifts[0], u_size[axis] + shifts[1]});
+      const Pair shifts = shift_range(moment.u_window, moment.v_window, axis);
+      const int64_t u_size = moment.u->size[axis], v_size = moment.v->size[axis];
+      pitch_[axis] = std::max({pitch_[axis], u_size, v_size, v_size - shifts[0], u_size + shifts[1]});
     }
   } else {
     moment.u = patches(u, u_window, weights, size);
     moment.v = patches(v, v_window, constant(size, 1), size);
+    moment.u_window = moment.v_window = Window{};
+    moment.weights = weights;
   }
   batch_.moments.push_back(std::move(moment));
   return batch_.moments.back();
@@ -99,8 +127,13 @@ void Planner<T>::run() {
     // The row of a matrix is not worth its own sums.
     moment.v->copied = draws_ > 0 && maps_[0].size == Pair{1, 1} && pitch_ == Pair{1, 1} && !moment.v->patches;
   }
-  for (Source<T>* source : whole_)
-    if (source != nullptr) source->pitch = pitch_;
+  // Of the sources those that were only considered are not packed.
+  std::erase_if(batch_.sources, [&](const auto& source) {
+    return std::none_of(batch_.moments.begin(), batch_.moments.end(),
+                        [&](const Moment<T>& moment) { return moment.u == source.get() || moment.v == source.get(); });
+  });
+  for (auto& source : batch_.sources)
+    if (!source->patches) source->pitch = pitch_;
   batch_.run();
 }
 

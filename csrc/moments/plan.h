@@ -26,11 +26,10 @@ class Planner {
   void run();
 
  private:
-  Source<T>* whole(int map);
+  Source<T>* whole(int map, const Pair& apart);
   Source<T>* patches(int map, const Window& window, const Weights& weights, const Pair& size);
 
   std::array<Map, 3> maps_;
-  std::array<Source<T>*, 3> whole_{};
   Pair pitch_{1, 1};
   const T* signs_ = nullptr;
   int64_t draws_ = 0;

@@ -124,13 +124,13 @@ void Source<T>::pack(Panels<T>& panels, int64_t first, int64_t count, int64_t ta
       for (int64_t lane = 0; lane < width; ++lane) out[i * width + lane] *= sign[i];
     return;
   }
-  for (int64_t y = 0; y < size[0]; ++y, out += pitch[1] * width) {
+  for (int64_t y = 0; y < (patches ? size : map.size)[0]; ++y, out += apart[0] * pitch[1] * width) {
     if (patches) {
       pack_patches(*this, block, first + start, y, out);
     } else {
       kernels<T>().pack({at(map, first + start, channel, y, 0), map.dtype, map.stride[1], map.stride[3],
-                         channels_of(block), size[1]},
-                        out, width);
+                         channels_of(block), map.size[1]},
+                        out, apart[1] * width);
     }
   }
 }
@@ -148,21 +148,37 @@ void Source<T>::add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_
   }
 }
 
-// The positions of an image are added up before its signs apply.
+// The positions of an image are added up before its signs apply, or those of all images where there are none: a few in
+// single precision, then in double.
 template <class T>
 void Source<T>::add_lumped(Panels<T>& panels, int64_t first, int64_t count, int64_t block) const {
-  double total[kLanes<T>];
-  for (int64_t image = 0; image < count; ++image) {
-    std::fill(total, total + width, 0.0);
-    const T* in = panels.first + block * panels.block_elements + image * image_elements();
-    for (int64_t y = 0; y < size[0]; ++y)
-      for (int64_t x = 0; x < size[1]; ++x)
-        for (int64_t lane = 0; lane < width; ++lane) total[lane] += in[(y * pitch[1] + x) * width + lane];
+  constexpr int64_t few = 16;
+  T part[kLanes<T>] = {};
+  double total[kLanes<T>] = {};
+  int64_t waiting = 0;
+  const auto flush = [&] {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) total[lane] += part[lane];
+    std::fill(part, part + kLanes<T>, T{0});
+    waiting = 0;
+  };
+  const int64_t elements = image_elements();
+  const T* in = panels.first + block * panels.block_elements;
+  for (int64_t image = 0; image < count; ++image, in += elements) {
+    for (int64_t y = 0; y < size[0]; ++y) {
+      for (int64_t x = 0; x < size[1]; ++x) {
+        const T* values = in + (y * pitch[1] + x) * width;
+        for (int64_t lane = 0; lane < kLanes<T>; ++lane) part[lane] += values[lane];  // the last ones may be of no use
+        if (++waiting == few) flush();
+      }
+    }
+    if (draws == 0 && image + 1 < count) continue;
+    flush();
     for (int64_t draw = 0; draw <= draws; ++draw) {
       const T sign = draw == 0 ? T{1} : signs[(draw - 1) * map.images + first + image];
       double* sum = panels.sums.data() + (draw * channel_blocks + block) * width;
       for (int64_t lane = 0; lane < width; ++lane) sum[lane] += sign * total[lane];
     }
+    std::fill(total, total + kLanes<T>, 0.0);
   }
 }
 

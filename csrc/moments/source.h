@@ -12,8 +12,6 @@
 
 namespace growkern {
 
-using Pair = std::array<int64_t, 2>;  // rows, columns
-
 // A tensor (images, channels, rows, columns) in its own memory.
 struct Map {
   const void* data;
@@ -68,7 +66,8 @@ struct Source {
   bool patches = false;      // the channels are then features (channel, tap row, tap column) of the window
   Window window;             // of the patches
   Weights weights;           // of the patches; empty for ones
-  Pair size{};               // positions: of the map, or the sample positions of the patches
+  Pair apart{1, 1};          // distances of the positions of the map, with zeros between them
+  Pair size{};               // positions: of the map, zeros between them too, or the sample positions of the patches
   Pair pitch{};              // positions from row to row and from image to image, zeros included
   int64_t channels = 0;
   bool summed = false;       // whether `sums` are wanted

@@ -34,7 +34,7 @@ def conv2d_moments(
     h_bias: bool,
     precision: str,
 ) -> Six:
-    """Sum the six moments as correlations at stride 1, and from patches gathered in cache otherwise."""
+    """Sum the six moments as correlations at strides 1 and 2, and from patches gathered in cache otherwise."""
     return native.conv2d_moments(x, h, v, producer, consumer, kernel == "full", x_bias, h_bias)
 
 
