@@ -16,7 +16,7 @@ from torch import Tensor
 
 from growkern.backend import use_backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan
+from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan, residual_plan
 
 Results = list[Tensor]
 
@@ -317,14 +317,52 @@ def by_shifts(
     x_bias: bool,
     h_bias: bool,
     engine: str,
+    make: Callable[..., Plan] = conv2d_plan,
 ) -> Results:
     """What is shared among taps once, by products or by gradients of convolution weights; growkern's own plan."""
     sizes = tuple((m.shape[2], m.shape[3]) for m in (x, h, v))
     channels = (x.shape[1], h.shape[1], v.shape[1])
     full = kernel == "full"
-    plan = conv2d_plan(channels, sizes, producer, consumer, full, x_bias, h_bias)
-    found = Shifts((x, h, v), plan, engine).results()
+    found = Shifts((x, h, v), make(channels, sizes, producer, consumer, full, x_bias, h_bias), engine).results()
     return [found[0], found[0].new_empty(len(found[0]), 0), *found[1:]] if full else found
+
+
+def residual_by_shifts(x: Tensor, h: Tensor, v: Tensor, update: Tensor, **named: Any) -> Tensor:
+    """N alone, without draws."""
+    residual = residual_maps(h, v, update, named["consumer"], named["h_bias"])
+    return by_shifts(x, h, residual, make=residual_plan, **named)[0]
+
+
+# The solve ----------------------------------------------------------------------------------------------------
+
+
+def factor(moment: Tensor) -> Tensor:
+    """Of Cholesky; a little is added to the diagonal where a feature depends on others, as behind a layer norm."""
+    lower, info = torch.linalg.cholesky_ex(moment)
+    if info or (lower.diagonal().square() < 1e-6 * moment.diagonal()).any():
+        return torch.linalg.cholesky(moment + 3e-7 * moment.diagonal().diag())
+    return lower
+
+
+def best_update(hh: Tensor, hv: Tensor) -> Tensor:
+    """dW* = (hh⁺ hv)ᵀ."""
+    return torch.cholesky_solve(hv, factor(hh)).mT
+
+
+def best_neurons(xx: Tensor, target: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
+    """Fan-in (K, p) and fan-out (r, K), by Cholesky, the eigenproblem of the smaller Gram side and back-substitution."""
+    lower = factor(xx)
+    t = torch.linalg.solve_triangular(lower, target, upper=False)
+    if t.shape[0] < t.shape[1]:
+        w, u = torch.linalg.eigh(t @ t.mT)
+        s, u = w[-neurons:].sqrt(), u[:, -neurons:]
+        v = t.mT @ u / s
+    else:
+        w, v = torch.linalg.eigh(t.mT @ t)
+        s, v = w[-neurons:].sqrt(), v[:, -neurons:]
+        u = t @ v / s
+    alpha = torch.linalg.solve_triangular(lower.mT, u, upper=True) * s.sqrt()
+    return alpha.mT, v * s.sqrt()
 
 
 # All of them ---------------------------------------------------------------------------------------------------
