@@ -333,38 +333,6 @@ def residual_by_shifts(x: Tensor, h: Tensor, v: Tensor, update: Tensor, **named:
     return by_shifts(x, h, residual, make=residual_plan, **named)[0]
 
 
-# The solve ----------------------------------------------------------------------------------------------------
-
-
-def factor(moment: Tensor) -> Tensor:
-    """Of Cholesky; a little is added to the diagonal where a feature depends on others, as behind a layer norm."""
-    lower, info = torch.linalg.cholesky_ex(moment)
-    if info or (lower.diagonal().square() < 1e-6 * moment.diagonal()).any():
-        return torch.linalg.cholesky(moment + 3e-7 * moment.diagonal().diag())
-    return lower
-
-
-def best_update(hh: Tensor, hv: Tensor) -> Tensor:
-    """dW* = (hh⁺ hv)ᵀ."""
-    return torch.cholesky_solve(hv, factor(hh)).mT
-
-
-def best_neurons(xx: Tensor, target: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
-    """Fan-in (K, p) and fan-out (r, K), by Cholesky, the eigenproblem of the smaller Gram side and back-substitution."""
-    lower = factor(xx)
-    t = torch.linalg.solve_triangular(lower, target, upper=False)
-    if t.shape[0] < t.shape[1]:
-        w, u = torch.linalg.eigh(t @ t.mT)
-        s, u = w[-neurons:].sqrt(), u[:, -neurons:]
-        v = t.mT @ u / s
-    else:
-        w, v = torch.linalg.eigh(t.mT @ t)
-        s, v = w[-neurons:].sqrt(), v[:, -neurons:]
-        u = t @ v / s
-    alpha = torch.linalg.solve_triangular(lower.mT, u, upper=True) * s.sqrt()
-    return alpha.mT, v * s.sqrt()
-
-
 # All of them ---------------------------------------------------------------------------------------------------
 
 
@@ -377,18 +345,27 @@ def ways(
         with use_backend("reference"):
             return call()
 
+    def bound(way: Callable[..., Any], **extra: Any) -> Callable[[], Any]:
+        way = partial(from_half, way) if args[0].dtype == torch.float16 else way
+        return partial(way, *args, **named, **extra)
+
     if case.op == "linear_moments":
-        yield "six products", "users", partial(six_products, *args, **named)
-        yield "one product", "pytorch", partial(one_product, *args, **named)
+        yield "six products", "users", bound(six_products)
+        yield "one product", "pytorch", bound(one_product)
     elif case.op == "linear_residual":
-        yield "draw by draw", "users", partial(draw_by_draw, *args, **named)
-        yield "all draws", "pytorch", partial(all_draws, *args, **named)
+        yield "draw by draw", "users", bound(draw_by_draw)
+        yield "all draws", "pytorch", bound(all_draws)
     elif case.op == "conv2d_residual":
-        yield "draw by draw", "users", partial(residual_by_unfold, *args, **named)
-        yield "by image", "pytorch", partial(residual_by_unfold, *args, **named, per_image=True)
+        yield "draw by draw", "users", bound(residual_by_unfold)
+        yield "by image", "pytorch", bound(residual_by_unfold, per_image=True)
     else:
-        yield "unfold", "users", partial(by_unfold, *args, **named)
+        yield "unfold", "users", bound(by_unfold)
         for engine in ("gradient", "products"):
-            yield f"shifts by {engine}", "pytorch", partial(by_shifts, *args, **named, engine=engine)
+            yield f"shifts by {engine}", "pytorch", bound(by_shifts, engine=engine)
     if "conv" in case.op:
         yield "chunks", "pytorch", reference
+
+
+def from_half(way: Callable[..., Results], *args: Tensor, **named: Any) -> Results:
+    """In single precision, as float16 holds no sum beyond 65,504; on a GPU tf32 multiplies its numbers exactly."""
+    return way(*(each.float() for each in args), **named)

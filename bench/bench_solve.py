@@ -10,7 +10,7 @@ both sides, p = 9C + 1, with a fan-out of the whole kernel.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import baselines
+import cholesky
 import pytest
 import torch
 from cases import error
@@ -63,7 +63,7 @@ def users(m: gk.Moments, neurons: int) -> Tensor:
 
 
 def best(m: gk.Moments, neurons: int) -> Tensor:
-    alpha, omega = baselines.best_neurons(m.xx.double(), m.xr.double(), neurons)
+    alpha, omega = cholesky.best_neurons(torch.linalg.cholesky(m.xx.double()), m.xr.double(), neurons)
     return omega @ alpha
 
 

@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("rows")
     if marker:
         made = marker.args[0](metafunc.config.option.size, metafunc.config.option.device)
-        names = [name for name in metafunc.fixturenames if name in ("case", "dtype", "precision", "width")]
+        names = [name for name in metafunc.fixturenames if name in ("case", "draws", "dtype", "precision", "width")]
         metafunc.parametrize(names, list(made))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import baselines
+import cholesky
 import gromo_containers
 import models
 import pytest
@@ -88,10 +88,10 @@ def rows(table: dict[str, tuple[Case, ...]]) -> Callable[[str, str], Iterator[An
 
 
 def start(case: Case, device: str) -> tuple[nn.Module, Batches]:
-    """A new network in evaluation mode, and images of ten patterns beneath noise as its batches."""
+    """A new network in evaluation mode, and images of faint patterns beneath noise as its batches."""
     patterns = torch.randn(models.CLASSES, *case.shape[1:])
     targets = torch.randint(models.CLASSES, (case.batches, case.shape[0]))
-    batches = [((patterns[y] + torch.randn(case.shape)).to(device), y.to(device)) for y in targets]
+    batches = [((0.5 * patterns[y] + torch.randn(case.shape)).to(device), y.to(device)) for y in targets]
     model = getattr(models, case.network)(*case.sizes).to(device)
     return models.settle(model, batches[0][0]), batches
 
@@ -135,7 +135,7 @@ class Wanted:
 
     def __init__(self, moments: dict[str, Tensor]) -> None:
         self.moments = {name: moments[name] for name in ("xx", "xr", "hh", "hv")}
-        alpha, omega = baselines.best_neurons(moments["xx"], moments["xr"], NEURONS)
+        alpha, omega = cholesky.best_neurons(cholesky.factor(moments["xx"]), moments["xr"], NEURONS)
         self.best = self.decreases(alpha, omega, moments["update"])
 
     def decreases(self, alpha: Tensor, omega: Tensor, update: Tensor) -> tuple[float, float]:
@@ -195,7 +195,7 @@ def test_growth_beside_an_epoch(case: Case, race: Race, device: str) -> None:
         return sum(float(F.cross_entropy(network(x), y)) for x, y in batches) / len(batches)
 
     def error(found: tuple[gk.GrowthEvent, nn.Module] | None) -> float:
-        """How far the losses that the event tells are from those of the two networks; growth counts that went through."""
+        """How far the losses that the event tells are from those of the two networks, where growth went through."""
         if found is None:
             return 0.0
         event, grown = found

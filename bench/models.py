@@ -13,7 +13,10 @@ CLASSES = 10
 def mlp(*widths: int) -> nn.Module:
     *hidden, last = itertools.pairwise((*widths, CLASSES))
     layers = [layer for pair in hidden for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(*last))
+    model = nn.Sequential(*layers, nn.Linear(*last))
+    for layer in model[::2]:  # or what a deep layer sees hardly varies
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return model
 
 
 def vgg13(stages: int, width: float) -> nn.Module:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import baselines
+import cholesky
 import torch
 import torch.nn.functional as F
 from clock import Clock
@@ -56,13 +57,16 @@ class PyTorchStep:
 
     def __call__(self, batches: Batches, neurons: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Fan-in, fan-out and best update of each site."""
-        return [(*baselines.best_neurons(m["xx"], m["xr"], neurons), m["update"]) for m in self.measured(batches)]
+        return [
+            (*cholesky.best_neurons(cholesky.factor(m["xx"]), m["xr"], neurons), m["update"])
+            for m in self.measured(batches)
+        ]
 
     def measured(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
         """Means of each site in float64, dW* and N (as "xr") among them."""
         count = sum(len(x) for x, _ in batches)
         sums = self.passes(batches, self.moments)
-        updates = {name: baselines.best_update(each["hh"].double(), each["hv"].double()) for name, each in sums.items()}
+        updates = {name: cholesky.best_update(each["hh"].double(), each["hv"].double()) for name, each in sums.items()}
         residuals = self.passes(batches, partial(self.residuals, updates)) if self.kernel == "full" else {}
         for name, update in updates.items():
             found = sums.pop(name) | residuals.pop(name, {})
