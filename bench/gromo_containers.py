@@ -15,10 +15,16 @@ def mlp(*widths: int, device: str) -> nn.Module:
     from gromo.containers.growing_mlp import GrowingMLP
 
     inputs, hidden, *others = widths
-    return GrowingMLP(inputs, CLASSES, hidden, 1 + len(others), activation=nn.ReLU(), device=torch.device(device))
+    return GrowingMLP(inputs, CLASSES, hidden, 1 + len(others), activation=nn.SELU(), device=torch.device(device))
 
 
-def vgg13(stages: int, width: float, device: str) -> nn.Module:
+def convolution(full: bool) -> type:
+    from gromo.modules.conv2d_growing_module import FullConv2dGrowingModule, RestrictedConv2dGrowingModule
+
+    return FullConv2dGrowingModule if full else RestrictedConv2dGrowingModule
+
+
+def vgg13(stages: int, width: float, *, device: str, full: bool = False) -> nn.Module:
     """What lies across a pooling does not grow in gromo."""
     from gromo.containers.vgg import VGG
 
@@ -26,12 +32,12 @@ def vgg13(stages: int, width: float, device: str) -> nn.Module:
         return [each for channels in channels_of_vgg(stages, width) for each in (channels, channels, "M")]
 
     options: dict[str, Any] = {"number_of_fc_layers": 1, "activation": nn.ReLU(), "input_spatial_shape": (32, 32)}
+    options["growing_conv_type"] = convolution(full)
     return VGG(config(width), config(2 * width), num_classes=CLASSES, device=device, **options)
 
 
 def resnet18(width: float, stages: int = 4, *, device: str, full: bool = False) -> nn.Module:
     from gromo.containers.resnet import init_full_resnet_structure
-    from gromo.modules.conv2d_growing_module import FullConv2dGrowingModule, RestrictedConv2dGrowingModule
 
     model = init_full_resnet_structure(
         (3, 32, 32),
@@ -40,7 +46,7 @@ def resnet18(width: float, stages: int = 4, *, device: str, full: bool = False) 
         nb_stages=stages,
         use_preactivation=False,
         skip_first_downsample=False,
-        growing_conv_type=FullConv2dGrowingModule if full else RestrictedConv2dGrowingModule,
+        growing_conv_type=convolution(full),
         device=device,
     )
     model.set_growing_layers(scheduling_method="all")

@@ -12,10 +12,10 @@ CLASSES = 10
 
 def mlp(*widths: int) -> nn.Module:
     *hidden, last = itertools.pairwise((*widths, CLASSES))
-    layers = [layer for pair in hidden for layer in (nn.Linear(*pair), nn.ReLU())]
+    layers = [layer for pair in hidden for layer in (nn.Linear(*pair), nn.SELU())]
     model = nn.Sequential(*layers, nn.Linear(*last))
-    for layer in model[::2]:  # or what a deep layer sees hardly varies
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    for layer in model[::2]:  # which with SELU keeps the variance from layer to layer
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
     return model
 
 

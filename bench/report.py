@@ -256,7 +256,7 @@ def epochs(rows: dict[str, Row]) -> list[tuple[Row, list[str]]]:
             own, training = row["ways"]
             times = [digits(own["ms"] / 1e3), digits(training["ms"] * row["epoch"] / 1e3)]
             shares = [100 / (each * row["epoch"]) for each in own["over"]["training"]]
-            share = f"{digits(shares[0])}% ({digits(shares[2])}–{digits(shares[1])})"
+            share = f"{digits(shares[0])}% ({digits(shares[2])}–{digits(shares[1])}%)"
             found.append((row, [row["case"], *times, share]))
     return found
 
