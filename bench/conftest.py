@@ -98,7 +98,9 @@ def race(benchmark: Any, request: pytest.FixtureRequest, device: str, clock: Clo
 def told(row: dict[str, Any]) -> str:
     """A line for a row: times of growkern's ways, or why there is none, and the ratios of the first."""
     ways = [way for way in row["ways"] if way.get("kind") == "growkern"]
-    times = [f"{way['way']} " + (f"{way['ms']:g} ms" if "ms" in way else way["failed"]) for way in ways]
+    times = [
+        f"{way['way']} " + (f"{way['ms']:g} ms" if "ms" in way else way.get("failed", "not timed")) for way in ways
+    ]
     over = [f"{ratio[0]:.2f}× {name}" for name, ratio in ways[0].get("over", {}).items()]
     kind = " ".join(row[each] for each in ("dtype", "precision") if row[each] != "ieee")
     return f"{row['op']} {row['case']}, {kind}: {', '.join([*times, *over])}"

@@ -45,8 +45,8 @@ RESIDUALS: Ways = {
 class PyTorchStep:
     """Statistics in hooks on ordinary passes, then a solve by Cholesky in float64.
 
-    Statistics are summed in the way that was the fastest for their sizes when these were first met; without a clock, in
-    the first of all ways.
+    Statistics are summed in the way that was the fastest for their sizes when these were first met. Without a clock
+    they are float64 and serve for reference: what single precision saw and wanted, one product for each shift.
     """
 
     def __init__(self, model: nn.Module, sites: list[gk.GrowthSite], kernel: str, clock: Clock | None = None) -> None:
@@ -61,6 +61,12 @@ class PyTorchStep:
             (*cholesky.best_neurons(cholesky.factor(m["xx"]), m["xr"], neurons), m["update"])
             for m in self.measured(batches)
         ]
+
+    def try_ways(self, batches: Batches) -> None:
+        """Meet all sizes, of fewer samples than a solve needs."""
+        updates = {name: torch.zeros_like(each["hv"]).mT for name, each in self.passes(batches, self.moments).items()}
+        if self.kernel == "full":
+            self.passes(batches, partial(self.residuals, updates))
 
     def measured(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
         """Means of each site in float64, dW* and N (as "xr") among them."""
@@ -77,6 +83,8 @@ class PyTorchStep:
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in self.sites}
 
         def add(name: str, *operands: Tensor) -> None:
+            if self.clock is None:
+                operands = tuple(each.double() for each in operands)
             for key, value in measure(name, *operands).items():
                 sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
 
