@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from clock import Clock
 from pytorch_step import PyTorchStep
-from race import Race, Way
+from race import Race, Way, at_precision
 from steps import CASES, EPOCHS, NEURONS, Batches, Case, Found, Wanted, container, growkern, sites_of, start
 from torch import nn
 
@@ -39,6 +39,12 @@ def rows(table: dict[str, tuple[Case, ...]]) -> Callable[[str, str], Iterator[An
 
 def described(op: str, case: Case, device: str) -> dict[str, Any]:
     return {"op": op, "case": str(case), "dtype": "float32", "precision": "ieee", "device": device}
+
+
+@pytest.fixture(autouse=True)
+def _precision(device: str) -> Iterator[None]:
+    with at_precision(device, "ieee"):
+        yield
 
 
 @pytest.mark.rows.with_args(rows(CASES))
