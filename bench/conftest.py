@@ -18,7 +18,7 @@ BUDGET, LATER, ROUNDS = {"cpu": 6.0, "cuda": 1.0}, 0.25, {"cpu": 15, "cuda": 25}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("growkern")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    group.addoption("--size", default="bench", help="rows of tests/cases.py: bench, or test to try the suite")
+    group.addoption("--size", default="bench", help="rows: bench, or test to try the suite, or large (steps)")
     group.addoption("--budget", type=float, help="seconds for the times of one row")
     group.addoption("--rounds", type=int, help="most rounds of a row")
     group.addoption("--seconds", type=float, default=float("inf"), help="start no row after this time")

@@ -1,7 +1,6 @@
 """Growth steps: on which networks and batches, in growkern, and what is the best that one can find."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import cholesky
 import gromo_containers
@@ -41,11 +40,9 @@ CASES = {
         Case("Transformer, 2 layers of 256, feed-forward 1024", "encoder", (2, 256, 4, 1024), (32, 64, 256), 2),
         Case("VGG-13, 3 stages, width 1/2", "vgg13", (3, 1 / 2), IMAGES, 2),
         Case("ResNet-18, 2 stages, inner width 1/4, whole kernels", "resnet18", (1 / 4, 2), (64, 3, 16, 16), 1, "full"),
-        *(
-            Case(f"ResNet-18, inner width {width}", "resnet18", (float(Fraction(width)),), IMAGES, 6)
-            for width in ("1/4", "1/64", "1/16", "1")
-        ),
+        *(Case(f"ResNet-18, inner width 1/{n}", "resnet18", (1 / n,), IMAGES, 6) for n in (4, 64, 16)),
     ),
+    "large": (Case("ResNet-18, inner width 1", "resnet18", (1,), IMAGES, 6),),
     "test": (
         Case("MLP 12-16-16", "mlp", (12, 16, 16), (64, 12), 2),
         Case("Transformer, 1 layer of 16, feed-forward 32", "encoder", (1, 16, 2, 32), (8, 8, 16)),
@@ -57,8 +54,8 @@ EPOCHS = {
     "bench": (
         Case("VGG-13, width 1/2", "vgg13", (5, 1 / 2), (125, 3, 32, 32), 8),
         Case("ResNet-18, inner width 1/4", "resnet18", (1 / 4,), (125, 3, 32, 32), 8),
-        Case("ResNet-18, inner width 1", "resnet18", (1,), (125, 3, 32, 32), 8),
     ),
+    "large": (Case("ResNet-18, inner width 1", "resnet18", (1,), (125, 3, 32, 32), 8),),
     "test": (Case("ResNet-18, 1 stage, inner width 1/16", "resnet18", (1 / 16, 1), (32, 3, 8, 8), 2),),
 }
 
