@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from growkern import distributed
-from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
+from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, check_share
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
 from growkern.neurons import METHODS, NewNeurons, check_options, granularity, solve
@@ -41,7 +41,7 @@ class GrowthEvent:
     accepted : bool
         Whether the model changed; if not, `reason` says why.
     loss_before, loss_after : float
-        On the batches that were given, in evaluation mode.
+        On the batches that the amplitude was chosen on, in evaluation mode.
     bottleneck, removed, gain : float
         As in `NewNeurons`, for the site that was chosen.
     widths : dict of str to int
@@ -108,6 +108,9 @@ class Grower:
         What a promise is divided by.
     max_parameters : int, optional
         Never grow the model beyond this many parameters.
+    held_out : float
+        Share of the batches of a step that are not measured, so that the amplitude is chosen on samples that the
+        neurons were not fitted to; with 0, or one batch, on the same. Methods that start at zero measure them all.
 
     Notes
     -----
@@ -131,6 +134,7 @@ class Grower:
         cost: str = "parameters",
         max_neurons: int | None = None,
         max_parameters: int | None = None,
+        held_out: float = 0.25,
         reduction: str = "mean",
         null_draws: int = 16,
         batch_dim: int = 0,
@@ -142,6 +146,7 @@ class Grower:
         check_choice("kernel", kernel, KERNELS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_count("null_draws", null_draws)
+        check_share("held_out", held_out)
         if not isinstance(when, Collection):
             raise ValueError(f"when: expected 'always', 'pays' or a collection of epochs, got {when!r}")
         if isinstance(when, str):
@@ -156,6 +161,7 @@ class Grower:
         self.sites = None if sites is None else list(sites)
         self._method, self._neurons, self._paired = method, neurons, paired
         draws = null_draws if neurons == "auto" else 0
+        self._held_out = held_out if METHODS[method].starts_at_zero == "neither" else 0.0
         self._passes: dict[str, Any] = {"reduction": reduction, "group": group, "batch_dim": batch_dim}
         self._collect: dict[str, Any] = {"kernel": kernel, "null_draws": draws, **self._passes}
         self._turn = 0
@@ -183,7 +189,7 @@ class Grower:
         Parameters
         ----------
         batches : iterable of (input, target)
-            Read once into a list; as in `collect`.
+            Read once into a list; as in `collect`. The first ones are measured, the last ones held out.
 
         Returns
         -------
@@ -196,15 +202,15 @@ class Grower:
         ValueError
             As `collect` and `solve` do, or if the model has no site that can grow.
         """
-        passes = Passes(self.model, list(batches), self.loss_fn, **self._passes)
+        passes, search = Passes(self.model, list(batches), self.loss_fn, **self._passes).divided(self._held_out)
         if not (sites := self._located(passes)):
             raise ValueError("model: found no site that can grow; the logger 'growkern.sites' says why at level INFO")
         if self.where == "best" and self._method == "random":
             self._turn += 1
-            return self._grow([sites[(self._turn - 1) % len(sites)]], passes)
+            return self._grow([sites[(self._turn - 1) % len(sites)]], passes, search)
         if self.where == "best":
-            return self._grow(sites, passes)
-        parts = tuple(self._grow([site], passes) for site in sites)
+            return self._grow(sites, passes, search)
+        parts = tuple(self._grow([site], passes, search) for site in sites)
         totals = {name: sum(getattr(p, name) for p in parts) for name in ("neurons", "bottleneck", "removed", "gain")}
         grown = [part for part in parts if part.accepted]
         return dataclasses.replace(
@@ -224,17 +230,17 @@ class Grower:
             self.sites = reachable_sites(passes, self._collect["kernel"])
         return self.sites
 
-    def _grow(self, sites: Sequence[GrowthSite], passes: Passes) -> GrowthEvent:
-        """One growth at the best of some sites."""
+    def _grow(self, sites: Sequence[GrowthSite], passes: Passes, search: Passes) -> GrowthEvent:
+        """One growth at the best of some sites: measured on the one, its amplitude chosen on the other passes."""
         start = time.perf_counter()
         moments = collect(self.model, sites, passes.batches, self.loss_fn, **self._collect)
         found = self._solve(moments)
         name, new, reason = distributed.agree(self._choose(moments, found), passes.group)
         scale = 0.0
         with evaluating(self.model):
-            before = after = passes.loss()
+            before = after = search.loss()
             if not reason:
-                scale, after = self._line_search(new, passes, before)
+                scale, after = self._line_search(new, search, before)
                 reason = "" if scale else "no amplitude lowers the loss"
         if scale:
             apply(self.model, new, scale=scale, update=self.update, optimizer=self.optimizer)

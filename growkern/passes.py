@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ class Passes:
     def total(self, number: int) -> int:
         """Sum of one integer over the processes of the group."""
         return distributed.total(number, self.group, self.device)
+
+    def divided(self, share: float) -> tuple[Passes, Passes]:
+        """Give passes over the first batches, and over a share of them at the end; of one batch, the same twice."""
+        size = len(self.batches)
+        if not share or self.total(int(size < 2)):  # in any process of a group
+            return self, self
+        first = size - min(max(int(size * share), 1), size - 1)
+        return replace(self, batches=self.batches[:first]), replace(self, batches=self.batches[first:])
 
     def sweep(
         self, probes: Mapping[str, Probe], measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]]

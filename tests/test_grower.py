@@ -52,7 +52,7 @@ def test_a_step_lowers_the_loss_and_tells_the_truth(method):
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     train(model, optimizer, data)
     model.train()
-    before = full_loss(model, data)
+    before = full_loss(model, data[2:])
     model.train()
     grower = gk.Grower(model, optimizer, F.mse_loss, method=method, neurons=2)
     event = grower.step(data)
@@ -60,7 +60,7 @@ def test_a_step_lowers_the_loss_and_tells_the_truth(method):
     assert event.accepted
     assert event.neurons == 2
     assert event.loss_before == pytest.approx(before, rel=1e-6)
-    assert event.loss_after == pytest.approx(full_loss(model, data), rel=1e-5)
+    assert event.loss_after == pytest.approx(full_loss(model, data[2:]), rel=1e-5)
     assert event.loss_after < event.loss_before
     assert event.widths == {"0": model[0].out_features, "3": model[3].out_features}
     assert event.site in str(event)
@@ -70,11 +70,40 @@ def test_a_step_lowers_the_loss_and_tells_the_truth(method):
     assert full_loss(model, data) < event.loss_after
 
 
+def test_amplitudes_are_chosen_on_samples_that_were_not_measured():
+    """What fits the noise of few samples must not pass for an improvement."""
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.randn(20, 30, generator=g), torch.randn(20, 4, generator=g)) for _ in range(60)]
+    losses = {}  # on fresh samples
+    for share in (0, 0.5):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(30, 3), nn.ReLU(), nn.Linear(3, 4))
+        event = gk.Grower(model, None, F.mse_loss, neurons=2, held_out=share).step(data[:2])
+        losses[share] = full_loss(model, data[2:])
+        if not share:
+            assert event.accepted
+            assert event.loss_after < 0.8 * event.loss_before
+    torch.manual_seed(0)
+    ungrown = full_loss(nn.Sequential(nn.Linear(30, 3), nn.ReLU(), nn.Linear(3, 4)), data[2:])
+    assert losses[0] > 1.05 * ungrown
+    assert losses[0.5] < 1.01 * ungrown
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "measured"), [(1, 0.5, 1), (2, 0.25, 1), (3, 0.5, 2), (8, 0.25, 6), (4, 1, 1), (4, 0, 4)]
+)
+def test_how_many_batches_are_held_out(size, share, measured):
+    data = [(torch.full((1, 8), float(n)), torch.zeros(1, 4)) for n in range(size)]
+    first, last = Passes(mlp(), data, F.mse_loss).divided(share)
+    assert first.batches == data[:measured]
+    assert last.batches == (data[measured:] or data)
+
+
 @pytest.mark.parametrize("cost", ["parameters", "flops"])
 def test_best_is_the_site_with_the_largest_gain_per_cost(cost):
     model, data = mlp(), batches()
     sites = gk.find_sites(model, data[0][0])
-    moments = gk.collect(model, sites, data, F.mse_loss)
+    moments = gk.collect(model, sites, data[:2], F.mse_loss)
     found = gk.solve(moments, neurons=2)
     promise = {n: found[n].gain / getattr(moments[n], f"unit_{cost}") for n in found}
     event = gk.Grower(model, None, F.mse_loss, neurons=2, cost=cost).step(data)
@@ -182,7 +211,7 @@ def test_when_it_pays():
     assert not event.accepted
     assert event.reason == "training on pays more"
     model.load_state_dict(before)
-    moments = gk.collect(model, sites, data, F.mse_loss)
+    moments = gk.collect(model, sites, data[:2], F.mse_loss)
     update = gk.solve(moments["3"], neurons=1).best_update * 2  # v is half of what is missing: 4 outputs share a mean
     with torch.no_grad():
         model[5].weight += update[:, :-1]
@@ -245,12 +274,12 @@ def test_sites_of_both_kinds_over_several_batches_without_draws():
     )
     g = torch.Generator().manual_seed(0)
     data = [(torch.randn(20, 1, 6, 6, generator=g), torch.randint(0, 3, (20,), generator=g)) for _ in range(3)]
-    before = full_cross_entropy(model, data)
+    before = full_cross_entropy(model, data[2:])
     event = gk.Grower(model, None, F.cross_entropy, neurons=1, where="all").step(data)
     assert [part.site for part in event.parts] == ["0", "2", "5"]
     assert event.accepted
     assert event.loss_before == pytest.approx(before, rel=1e-6)
-    assert event.loss_after == pytest.approx(full_cross_entropy(model, data), rel=1e-5)
+    assert event.loss_after == pytest.approx(full_cross_entropy(model, data[2:]), rel=1e-5)
     moments = gk.collect(model, gk.find_sites(model, data[0][0]), data, F.cross_entropy, null_draws=0)
     assert [m.xr is None for m in moments.values()] == [False, False, True]
 
@@ -305,7 +334,7 @@ def test_every_amplitude_sees_the_same_random_numbers():
     site = gk.GrowthSite("fc1", "fc2", ("tanh()",))
     event = gk.Grower(model, None, F.mse_loss, sites=[site], neurons=2).step(data)
     assert event.accepted
-    assert event.loss_after == pytest.approx(passes.loss(), rel=1e-6)
+    assert event.loss_after == pytest.approx(Passes(model, data[2:], F.mse_loss).loss(), rel=1e-6)
 
 
 def test_what_no_gradient_reaches_is_left_alone():

@@ -24,6 +24,8 @@ import growkern as gk
         ({"kernel": "ful"}, "kernel: expected one of"),
         ({"reduction": "avg"}, "reduction: expected one of"),
         ({"null_draws": -1}, "null_draws: expected an integer"),
+        ({"held_out": 1.5}, "held_out: expected a share from 0 to 1, got 1.5"),
+        ({"held_out": None}, "held_out: expected a share"),
     ],
 )
 def test_arguments_are_checked_at_once(options, words):

@@ -93,6 +93,7 @@ def make_grower(task: tasks.Task, optimizer: torch.optim.Optimizer, settings: Se
         when="pays" if settings.schedule == "pays" and settings.method != NEVER else "always",
         kernel=settings.kernel,
         paired=settings.paired,
+        held_out=settings.held_out,
         max_neurons=settings.max_neurons or None,
         max_parameters=settings.max_parameters or None,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from growkern import METHODS
+from growkern.arguments import check_share
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,6 +54,7 @@ class Settings:
     kernel: str = _setting("full", "New convolutions' fan-out: the whole kernel, or its centre.", ("full", "center"))
     paired: bool = _setting(False, "Add units in ± pairs.")
     measured: int = _setting(1024, "Training samples that a growth step looks at.", at_least=1)
+    held_out: float = _setting(0.25, "Share of them that only chooses the amplitude.", at_least=0)
     max_neurons: int = _setting(0, "Most new units of one growth; 0 for no limit.", at_least=0)
     max_parameters: int = _setting(0, "Never grow beyond this many parameters; 0 for no limit.", at_least=0)
 
@@ -95,6 +97,7 @@ class Settings:
             raise ValueError(f"expected beta2 < 1 and seed < 2**63, got beta2: {self.beta2}, seed: {self.seed}")
         if self.neurons != "auto" and not (self.neurons.isdecimal() and int(self.neurons) > 0):
             raise ValueError(f"neurons: expected a number ≥ 1 or 'auto', got {self.neurons!r}")
+        check_share("held_out", self.held_out)
         self.growth_epochs(0)
         if self.method == "joint" and self.kernel == "full" and self.model != "mlp" and not self.target:
             raise ValueError(f"kernel: 'joint' needs 'center' for the convolutions of {self.model!r}, got 'full'")
