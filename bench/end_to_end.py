@@ -99,7 +99,7 @@ def ways_of_gromo(case: Case, plain: nn.Module, batches: Batches, device: str) -
 @pytest.mark.rows.with_args(rows(EPOCHS))
 def test_growth_beside_an_epoch(case: Case, race: Race, device: str) -> None:
     """A step of `Grower` as it comes, on 2% of the images that an epoch trains on; training is timed on a few."""
-    model, batches = start(case, device)
+    model, batches = start(case, device, strength=2.0)  # so that neurons stand above chance
     trained = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(trained.parameters(), 0.01, momentum=0.9)
 

@@ -60,11 +60,11 @@ EPOCHS = {
 }
 
 
-def start(case: Case, device: str) -> tuple[nn.Module, Batches]:
-    """A new network in evaluation mode, and images of faint patterns beneath noise as its batches."""
+def start(case: Case, device: str, strength: float = 0.5) -> tuple[nn.Module, Batches]:
+    """A new network in evaluation mode, and images of ten patterns and noise as its batches."""
     patterns = torch.randn(models.CLASSES, *case.shape[1:])
     targets = torch.randint(models.CLASSES, (case.batches, case.shape[0]))
-    batches = [((0.5 * patterns[y] + torch.randn(case.shape)).to(device), y.to(device)) for y in targets]
+    batches = [((strength * patterns[y] + torch.randn(case.shape)).to(device), y.to(device)) for y in targets]
     model = getattr(models, case.network)(*case.sizes).to(device)
     return models.settle(model, batches[0][0]), batches
 
