@@ -43,7 +43,7 @@ RESIDUALS: Ways = {
 
 
 class PyTorchStep:
-    """Statistics in hooks on ordinary passes, then a solve by Cholesky in float64.
+    """Statistics in hooks on ordinary passes, then a solve by Cholesky and subspace iteration in float64.
 
     Statistics are summed in the way that was the fastest for their sizes when these were first met. Without a clock
     they are float64 and serve for reference: what single precision saw and wanted, one product for each shift.
@@ -58,7 +58,7 @@ class PyTorchStep:
     def __call__(self, batches: Batches, neurons: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Fan-in, fan-out and best update of each site."""
         return [
-            (*cholesky.best_neurons(cholesky.factor(m["xx"]), m["xr"], neurons), m["update"])
+            (*cholesky.best_neurons(cholesky.factor(m["xx"]), m["xr"], neurons, cholesky.by_iteration), m["update"])
             for m in self.measured(batches)
         ]
 

@@ -30,8 +30,10 @@ def test_steps_find_the_same(case: steps.Case) -> None:
     by_hand = PyTorchStep(model, sites, case.kernel)
     wanted = [steps.Wanted(each) for each in by_hand.measured(batches)]
     own = steps.growkern(model, sites, batches, case.kernel)
-    for site, found, rounded, theirs in zip(wanted, own, single, peer, strict=True):
+    hand = by_hand(batches, steps.NEURONS)
+    for site, found, other, rounded, theirs in zip(wanted, own, hand, single, peer, strict=True):
         assert site.missed(*found) < 1e-6
+        assert site.missed(*other) < 1e-6
         assert site.missed(*rounded) < 1e-3
         assert site.missed(*theirs) < 3e-2
         alpha, omega, update = found
