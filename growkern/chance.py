@@ -7,7 +7,7 @@ from torch import Tensor
 
 from growkern.spectra import largest_eigenvalue
 from growkern.stacks import Stack
-from growkern.whitening import Factor, by_row
+from growkern.whitening import LARGEST_PADDED, Factor, by_row
 
 DEVIATIONS = 5.0  # above the mean of the draws' tops, in standard deviations: at most 1% false positives
 
@@ -58,6 +58,8 @@ def tops(
     draws, width = null.shape[1], null.shape[3] if v is None else v.width * offsets
     # A draw is of v⊥, which has lost what h explains of noise: so has N, but xv has not, and the projection of a
     # draw loses it again. How much that is, the draws themselves say, whatever the correlations between samples.
+    # What xv would have to give back, rows of much weight in h have lost more than others: for it the whole share is
+    # divided out and not its root, as leave-one-out residuals do.
     kept, carried = bottleneck.new_ones(()), None
     if moments.null_h is not None and hh is not None:
         null_h = moments.null_h.double().transpose(1, 2)  # (B, q, draws, r)
@@ -80,5 +82,8 @@ def tops(
     start = torch.arange(width, dtype=torch.float64, device=null.device).square().mul(0.7).cos()
     narrow = min(null.shape[2:])
     steps = min(narrow, 8 + round(2 * narrow ** (1 / 3)))  # white noise: to a tenth of the tops' spread, from below
-    largest = largest_eigenvalue(gram, start[:, None].expand(len(null), width, draws), steps)
-    return largest.clamp_min(0).sqrt() / kept.clamp_min(1e-3).sqrt()[..., None]
+    start = start[:, None].expand(len(null), width, draws)
+    alone = null.shape[3] > LARGEST_PADDED  # others in a stack would change when all have settled, and so thresholds
+    largest = largest_eigenvalue(gram, start, steps, settle=alone and not null.is_cuda)
+    kept = kept.clamp_min(1e-3)
+    return largest.clamp_min(0).sqrt() / (kept.sqrt() if project else kept)[..., None]

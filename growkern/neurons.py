@@ -191,27 +191,25 @@ def _solve(
     known = m.update is not None and not rule.schur and (neurons != "auto" or m.null_h is None)
     hh = None if known else Factor(m.hh, None, m.dtype, by_eigenvectors)
     update = hh.solve(m.hv) if hh is not None else m.update.mT  # type: ignore[union-attr]  # (B, q, r)
-    power, reachable = m.vv.diagonal(dim1=1, dim2=2).sum(1), (m.hv * update).sum((1, 2))
+    power, reachable = m.vv.diagonal(dim1=1, dim2=2).double().sum(1), (m.hv * update).sum((1, 2))
     bottleneck = (power - reachable).clamp_min(0)
     unreachable = m.xr if m.xr is not None else m.xv - m.xh @ update  # type: ignore[operator]  # N (B, p, r·offsets)
-    target = unreachable if rule.project else m.xv
+    target = unreachable if rule.project else m.xv.double()
     xx, x = _metric(m, rule, hh, by_eigenvectors)
     v = Factor(m.vv, None, m.dtype, by_eigenvectors) if rule.whiten_v else None
     sound = [factor.sound for factor in (hh, x, v) if factor is not None]
 
     limits = [min(each.xv.shape) if neurons == "auto" else int(neurons) // units for each in m.parts]
     limits = limits if max_neurons is None else [min(limit, max_neurons // units) for limit in limits]
-    noise = None
+    noise = threshold(m, x, v, hh, bottleneck, rule.project) if neurons == "auto" else None
     if rule.starts_at_zero == "fan_out":
         count = m.numbers(limits) * units // unit * unit // units
         alpha, omega, values = _random(m.parts[0], int(limits[0] * units // unit * unit // units))
     else:
         t = Whitened(target, x, v, m.offsets)
-        if neurons == "auto":
-            noise = threshold(m, x, v, hh, bottleneck, rule.project)
         values, side = t.singular(max(limits), noise)
         sound.append(~values.isnan().any(1) & (power if noise is None else noise).isfinite())
-        scale = m.xv.flatten(1).norm(dim=1) if x is None else (v.rank if v else power).sqrt()
+        scale = m.xv.flatten(1).double().norm(dim=1) if x is None else (v.rank if v else power).sqrt()
         floor = torch.maximum(1e3 * torch.finfo(m.dtype).eps * scale, 1e-7 * values[:, :1].sum(1))
         floor = floor if noise is None else torch.maximum(floor, noise)
         count = torch.minimum(m.numbers(limits), (values > floor[:, None]).sum(1)) * units // unit * unit // units
@@ -226,7 +224,7 @@ def _solve(
     slope = m.numbers([each.slope * units for each in m.parts])
     linear = (alpha @ unreachable * omega.mT).sum((1, 2))  # ⟨Σ α ωᵀ, N⟩
     removed = 2 * linear - ((alpha @ xx @ alpha.mT) * (omega.mT @ omega)).sum((1, 2))
-    gain = slope * (alpha @ m.xv * omega.mT).sum((1, 2))
+    gain = slope * (alpha.to(m.xv.dtype) @ m.xv * omega.mT).sum((1, 2))  # to the rounding of what was measured
     gain = gain * m.numbers([each.count if each.reduction == "sum" else 1 for each in m.parts])
     if rule.schur and hh is not None:
         passed = alpha @ m.xh  # type: ignore[operator]  # (B, K, q)
@@ -282,9 +280,10 @@ def _metric(m: Stack, rule: Method, hh: Factor | None, by_eigenvectors: bool) ->
         return m.xx, Factor(m.xx, None, m.dtype, by_eigenvectors) if rule.whiten_x else None
     assert m.xh is not None and hh is not None  # noqa: PT018
     passed = hh.whiten(m.xh.mT)  # (B, q, p)
-    complement = (m.xx - passed.mT @ passed) * m.apart[:, None] * m.apart[..., None]
-    diagonal = m.xx.diagonal(dim1=1, dim2=2) * (complement.diagonal(dim1=1, dim2=2) > 0)
-    return complement, Factor(complement, diagonal, m.dtype, by_eigenvectors)
+    complement = m.xx - passed.mT @ passed
+    apart = m.apart & (complement.diagonal(dim1=1, dim2=2) > 0)
+    complement = complement * apart[:, None] * apart[..., None]
+    return complement, Factor(complement, m.xx.diagonal(dim1=1, dim2=2) * apart, m.dtype, by_eigenvectors)
 
 
 def _scaled(

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from growkern import ops
 
+_RESIDUAL = 5e-9  # of TᵀT, relative to the geometric mean of the wanted eigenvalue and the largest
+_CONDITION_STEPS = 4  # of Lanczos' method: within a quarter in what was tried, within 5% near singular moments
+BLOCK = 16  # columns of a step of block Lanczos
 WIDE = 512  # rows of a matrix, from which on a few singular values cost less by Lanczos' method
 
 
@@ -18,7 +21,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def top_singular(
-    square: Callable[[Tensor], Tensor], empty: Tensor, most: int, above: float, block: int = 16
+    square: Callable[[Tensor], Tensor], start: Tensor, most: int, above: float
 ) -> tuple[Tensor, Tensor] | None:
     """Largest singular values (..., k) of one matrix and vectors (..., s, k) of its smaller side, by block Lanczos.
 
@@ -26,40 +29,37 @@ def top_singular(
     ----------
     square : callable
         Multiplies a few columns (..., s, m) by the matrix and its transpose.
-    empty : Tensor
-        No columns (..., s, 0), for their shape.
+    start : Tensor
+        The columns (..., s, block) to start from, as many as a step takes.
     most : int
         How many are wanted at most.
     above : float
         Size below which none is wanted.
-    block : int
-        Columns of a step.
 
     Returns
     -------
     tuple of Tensor, or None
         None where this would not pay: many are wanted, or they converge slowly.
     """
-    s = empty.shape[-2]
-    if not above and most > s // 32:
-        return None
-    basis, projected = empty.view(s, 0), empty.new_zeros(0, 0)
-    places = torch.arange(s * block, dtype=empty.dtype, device=empty.device).view(s, block)
-    fresh, before = torch.linalg.qr(places.square().mul(0.7).cos())[0], 1.0
+    *lead, s, block = start.shape
+    fresh, before = torch.linalg.qr(start.view(s, block))[0], 1.0
+    basis, projected = fresh[:, :0], fresh.new_zeros(0, 0)
     while basis.shape[1] < s // 3:
         basis = torch.cat([basis, fresh], 1)
-        image = square(fresh.reshape(*empty.shape[:-1], block)).reshape(s, block)
+        image = square(fresh.reshape(start.shape)).reshape(s, block)
         along = basis.mT @ image
         image = image - basis @ along
         fresh, rest = torch.linalg.qr(image - basis @ (basis.mT @ image))
         projected = torch.cat([torch.nn.functional.pad(projected, (0, 0, 0, block)), along], 1).triu()
-        if basis.shape[1] % (2 * block):
+        steps = basis.shape[1] // block
+        if steps % 2 and steps != 5:  # to look takes time too
             continue
         w, vectors = ops.eigh(projected.mT)  # of which the lower triangle counts
         w, vectors = w.flip(0), vectors.flip(1)
-        residuals = (rest @ vectors[-block:]).norm(dim=0)
+        beyond = rest @ vectors[-block:]  # TᵀT basis vectors = basis vectors w + fresh beyond
+        residuals = beyond.norm(dim=0)
         count = min(most, int((w > above**2).sum()))
-        early = basis.shape[1] == 2 * block  # too early to tell that it will not pay
+        early = steps < 4  # to tell that it will not pay
         if count > len(w) // 2:
             if early:
                 continue
@@ -67,20 +67,40 @@ def top_singular(
         if count >= block and bool((w[: count - block + 1] - w[block - 1 : count] <= 1e-6 * w[0]).any()):
             return None  # a block finds as many equal values as it has columns, and there may be more
         others_below = count == most or bool(w[count] + residuals[count] <= above**2)
-        worst = float(residuals[:count].max() / w[0]) if count else 0.0
-        if others_below and worst <= 1e-10:
-            found = basis @ vectors[:, :count]
-            return w[:count].sqrt().view(*empty.shape[:-2], -1), found.view(*empty.shape[:-1], -1)
+        # An eigenvalue is no further off than its residual, so that λ is within 1e-4 down to 2.5e-5 of the largest.
+        worst = float((residuals[:count] / (w[:count] * w[0]).sqrt()).max()) if count else 0.0
+        if others_below and worst <= _RESIDUAL:
+            found = basis @ vectors[:, :count] + fresh @ (beyond[:, :count] / w[:count])  # one power further
+            return w[:count].sqrt().view(*lead, -1), found.view(*lead, s, -1)
+        if steps % 2:
+            continue
         left = (s // 3 - basis.shape[1]) / (2 * block)
-        if not early and worst * (worst / before) ** left > 1e-10:  # in a bulk of noise it converges too slowly to pay
+        if not early and worst * (worst / before) ** left > _RESIDUAL:  # in a bulk of noise it is too slow to pay
             return None
         before = worst or before
     return None
 
 
-def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
-    """Largest eigenvalue (..., d) of symmetric operators on the columns of (..., n, d), by steps of Lanczos' method."""
-    basis = start.new_zeros(*start.shape, 0)  # (..., n, d, steps so far)
+def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int, settle: bool = False) -> Tensor:
+    """Largest eigenvalue of symmetric operators on the columns of a tensor, by Lanczos' method.
+
+    Parameters
+    ----------
+    apply : callable
+        Takes (..., n, d) to (..., n, d), each column by an operator of its own.
+    start : Tensor
+        (..., n, d).
+    steps : int
+        How many at most.
+    settle : bool
+        Stop where two more steps have changed none by more than 1e-5 of it; this looks at the values.
+
+    Returns
+    -------
+    Tensor
+        (..., d).
+    """
+    basis, before = start.new_zeros(*start.shape, 0), None  # (..., n, d, steps so far)
     rows: list[Tensor] = []
     for step in range(steps):
         length = start.norm(dim=-2, keepdim=True)
@@ -92,8 +112,14 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: 
             start = start - torch.einsum("...ndk,...dk->...nd", basis, along)
             if not again:
                 rows.append(torch.nn.functional.pad(along, (0, steps - step - 1)))
-    projected = torch.stack(rows, -2)  # (..., d, steps, steps), of which the lower triangle counts
-    return ops.eigh(projected)[0][..., -1]
+        if step + 1 < steps and not (settle and step >= 5 and step % 2):
+            continue
+        projected = torch.stack(rows, -2)[..., : step + 1]  # (..., d, k, k), of which the lower triangle counts
+        largest = ops.eigh(projected)[0][..., -1]
+        if step + 1 == steps or (before is not None and bool(((largest - before).abs() <= 1e-5 * largest).all())):
+            break
+        before = largest
+    return largest
 
 
 def dominant(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,20 +142,42 @@ def dominant(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
     return ops.eigh(a)
 
 
-def extreme_eigenvalues(a: Tensor, lower: Tensor, alive: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
-    """Smallest and largest eigenvalue of a on its `alive` columns, by power iteration with a and with a⁻¹."""
+def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest eigenvalue of S a S where S, a diagonal matrix, is not 0: estimates from inside.
 
-    def inverse(b: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(lower, b, upper=False)  # cholesky_solve copies the factor of a batch
-        return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    Parameters
+    ----------
+    a, lower : Tensor
+        (..., n, n) and its Cholesky factor.
+    scale : Tensor
+        Diagonal of S (..., n).
 
-    start = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device).mul(2.4).cos()
-    up = down = (start * alive)[..., None]
-    for _ in range(steps):
-        up = a @ up
-        up = up / up.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-        down = inverse(down)
-        down = down / down.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-    high = (up * (a @ up)).sum((-2, -1))
-    low = 1 / (down * inverse(down)).sum((-2, -1))
-    return low, high
+    Returns
+    -------
+    low, high : Tensor
+        (...,) infinity and 0 where all of S is 0.
+    """
+    # Lanczos' method for S a S and for its inverse, side by side.
+    up = scale[..., None]
+    down = torch.where(up > 0, up, torch.inf).reciprocal()
+
+    def both(q: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(lower, down * q[..., 1:], upper=False)
+        inverse = torch.linalg.solve_triangular(lower.mT, half, upper=True)  # cholesky_solve copies a batch's factor
+        return torch.cat([up * (a @ (up * q[..., :1])), down * inverse], -1)
+
+    start = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device).mul(2.4).cos()[:, None] * (up > 0)
+    new = torch.cat([start, start], -1)
+    old, length = torch.zeros_like(new), new.norm(dim=-2, keepdim=True)
+    diagonal, below = [], []
+    for _ in range(_CONDITION_STEPS):
+        old, new = new / length.clamp_min(1e-300), old
+        new = both(old) - length * new
+        diagonal.append((old * new).sum(-2, keepdim=True))
+        new = new - diagonal[-1] * old
+        length = new.norm(dim=-2, keepdim=True)
+        below.append(length)
+    main, side = (torch.cat(each, -2).mT for each in (diagonal, below[:-1]))  # (..., 2, steps)
+    projected = torch.diag_embed(main) + torch.diag_embed(side, -1)  # of which the lower triangle counts
+    top = ops.eigh(projected)[0][..., -1]
+    return top[..., 1].reciprocal(), top[..., 0]

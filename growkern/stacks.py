@@ -16,10 +16,12 @@ from torch import Tensor
 from growkern.moments import Moments
 from growkern.whitening import LARGEST_PADDED, padded, rounded
 
+_AS_MEASURED = ("xv", "hh", "vv", "null", "null_h")  # read once, if at all: a copy would take longer
+
 
 @dataclass(frozen=True)
 class Stack:
-    """Moments of B sites, as in `Moments` with a leading dimension; the draws in the dtype they were measured in.
+    """Moments of B sites, as in `Moments` with a leading dimension; `_AS_MEASURED` in their own dtype, else float64.
 
     Attributes
     ----------
@@ -27,14 +29,14 @@ class Stack:
         Those that are stacked.
     offsets, dtype : int, torch.dtype
         What all of them share; `dtype` is that of the sums.
-    finite : dict of str to Tensor
-        By name of the tensor, (B,) whether it is.
+    finite : Tensor
+        (B,) whether all that was measured is.
     """
 
     parts: list[Moments]
     offsets: int
     dtype: torch.dtype
-    finite: dict[str, Tensor]
+    finite: Tensor
     xx: Tensor
     xv: Tensor
     hh: Tensor
@@ -58,7 +60,7 @@ class Stack:
         """Features of x that are not the ones that h has too, (B, p)."""
         p, q = (self.numbers([len(getattr(each, name)) for each in self.parts])[:, None] - 1 for name in ("xx", "hh"))
         x_ones = self.xx.diagonal(dim1=1, dim2=2).gather(1, p.long())
-        h_ones = self.hh.diagonal(dim1=1, dim2=2).gather(1, q.long())
+        h_ones = self.hh.diagonal(dim1=1, dim2=2).gather(1, q.long()).double()
         shared = self.numbers([each.x_bias and each.h_bias for each in self.parts]).bool()[:, None]
         shared = shared & torch.isclose(x_ones, h_ones, rtol=1e-6)
         return ~(shared & (torch.arange(self.xx.shape[1], device=self.xx.device) == p))
@@ -129,8 +131,10 @@ def solve_together(
 def stack(parts: Sequence[Moments]) -> Stack:
     """Stack moments that `groups` has put together."""
     tensors = {name: padded([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
-    finite = {name: _finite(tensor.flatten(1)) for name, tensor in tensors.items()}
-    wide = {name: tensor if name.startswith("null") else tensor.double() for name, tensor in tensors.items()}
+    rows = [tensor.flatten(1) for tensor in tensors.values() if tensor.numel()]
+    ends = [end(1) for each in rows for end in (each.amin, each.amax)]  # NaN is passed on; `aminmax` takes longer
+    finite = torch.stack([end.double() for end in ends]).isfinite().all(0)
+    wide = {name: tensor if name in _AS_MEASURED else tensor.double() for name, tensor in tensors.items()}
     return Stack(list(parts), parts[0].offsets, parts[0].vv.dtype, finite, **wide)
 
 
@@ -150,9 +154,7 @@ def groups(moments: Mapping[str, Moments], key: Callable[[Moments], Hashable]) -
 
 def _table(m: Stack, solution: Solution) -> Tensor:
     """All that the host must know, (facts, B)."""
-    return torch.stack(
-        [t.double() for t in (*m.finite.values(), solution.sound, solution.count, *solution.facts.values())]
-    )
+    return torch.stack([t.double() for t in (m.finite, solution.sound, solution.count, *solution.facts.values())])
 
 
 def _to_host(tables: Sequence[Tensor]) -> list[list[list[float]]]:
@@ -169,11 +171,10 @@ def _to_host(tables: Sequence[Tensor]) -> list[list[list[float]]]:
 
 def _unstacked(moments: Moments, solution: Solution, row: int, column: list[float]) -> dict[str, Any] | None:
     """Fields of one site without padding; None if its moments have no such factors."""
-    names = list(moments.tensors())
-    finite, (sound, count), numbers = column[: len(names)], column[len(names) :][:2], column[len(names) + 2 :]
-    for name, good in zip(names, finite, strict=True):
-        if not good:
-            raise ValueError(f"moments: {name} of site {moments.site.name!r} is not finite")
+    finite, sound, count, *numbers = column
+    if not finite:
+        names = [name for name, tensor in moments.tensors().items() if not tensor.isfinite().all()]
+        raise ValueError(f"moments: {', '.join(names)} of site {moments.site.name!r} is not finite")
     if not sound:
         return None
     (p, t), (q, r), k = moments.xv.shape, moments.hv.shape, int(count)
@@ -181,13 +182,9 @@ def _unstacked(moments: Moments, solution: Solution, row: int, column: list[floa
     sizes |= {"mean": (k,), "variance": (k,)}
     fields: dict[str, Any] = {"mean": None, "variance": None, "noise": None, "cut": 0}
     for name, tensor in solution.tensors.items():
-        fields[name] = tensor[row][tuple(map(slice, sizes[name]))].clone(memory_format=torch.contiguous_format)
-    fields |= dict(zip(solution.facts, numbers, strict=True))
+        part = tensor[row]
+        for dim, size in enumerate(sizes[name]):
+            part = part if part.shape[dim] == size else part.narrow(dim, 0, size)
+        fields[name] = part.clone(memory_format=torch.contiguous_format)
+    fields.update(zip(solution.facts, numbers, strict=True))
     return fields | {name: int(fields[name]) for name in ("rank", "cut")}
-
-
-def _finite(rows: Tensor) -> Tensor:
-    """Whether all entries of each row are."""
-    if not rows.shape[1]:
-        return rows.new_ones(len(rows), dtype=torch.bool)
-    return rows.amin(1).isfinite() & rows.amax(1).isfinite()  # NaN is passed on; `aminmax` takes 20 times as long

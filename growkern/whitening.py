@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from growkern import ops
-from growkern.spectra import WIDE, dominant, extreme_eigenvalues, product, top_singular
+from growkern.spectra import BLOCK, WIDE, dominant, extreme_eigenvalues, product, top_singular
 
 LARGEST_PADDED = 256  # wider moments gain nothing from company
 
@@ -59,22 +59,23 @@ class Factor:
         diagonal = a.diagonal(dim1=-2, dim2=-1) if diagonal is None else diagonal.double()
         alive = diagonal > 0
         cut = relative_cut(alive.sum(-1), moment_dtype)  # (...,)
-        self._scale = torch.where(alive, diagonal, 1).rsqrt() * alive  # (..., n)
-        scaled = (a * self._scale[..., None, :]).mul_(self._scale[..., :, None])
+        scale = torch.where(alive, diagonal, 1).rsqrt() * alive  # (..., n)
         self._lower: Tensor | None = None
         if not by_eigenvectors:
-            scaled.diagonal(dim1=-2, dim2=-1).add_((~alive).double())
-            self._lower, info = torch.linalg.cholesky_ex(scaled)
-            low, high = extreme_eigenvalues(scaled, self._lower, alive)
+            # What Cholesky's method rounds does not depend on units: it takes the moment as it is, but for zeros.
+            self._lower, info = torch.linalg.cholesky_ex(_filled(a, alive))
+            low, high = extreme_eigenvalues(a, self._lower, scale)
             self.sound = (info == 0) & (low > cut)
             self.rank = alive.sum(-1)
             self.condition = torch.where(low < float("inf"), high / low, 1.0)
             # To look is to wait for a GPU; but one wide moment is worth it, and the CPU has nothing to wait for.
             alone = self.sound.numel() == 1 and (not a.is_cuda or a.shape[-1] >= WIDE)
             if not alone or self.sound:
+                self._scale = alive.double()
                 return
             self._lower = None
-            scaled.diagonal(dim1=-2, dim2=-1).sub_((~alive).double())
+        self._scale = scale
+        scaled = (a * scale[..., None, :]).mul_(scale[..., :, None])
         w, self._vectors = dominant(scaled, cut)  # (..., k), (..., n, k)
         kept = w > cut[..., None]
         self.sound = ~w.isnan().any(-1)
@@ -106,6 +107,15 @@ class Factor:
     def solve(self, b: Tensor) -> Tensor:
         """Give a⁺ b for b of shape (..., n, m) in the range of a: (..., n, m)."""
         return self.unwhiten(self.whiten(b))
+
+
+def _filled(a: Tensor, alive: Tensor) -> Tensor:
+    """Put 1 on the diagonal of features that are never seen, whose rows and columns are 0; a copy only if need be."""
+    if not a.is_cuda and bool(alive.all()):
+        return a
+    a = a.clone()
+    a.diagonal(dim1=-2, dim2=-1).add_((~alive).double())
+    return a
 
 
 def least_squares(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -231,20 +241,26 @@ class Whitened:
         Returns
         -------
         values, vectors : Tensor
-            All of them, or of a wide matrix perhaps only those that are wanted. NaN where the eigenproblem of the
-            Gram side did not converge.
+            All values, or of a wide matrix perhaps only those that are wanted, with at least their vectors. NaN where
+            the eigenproblem of the Gram side did not converge.
         """
         *lead, rows, columns = self.shape
         alone, narrow = all(n == 1 for n in lead), min(rows, columns)
-        if alone and narrow >= WIDE:
-            start = self._target.new_empty(*lead, narrow, 0)
-            first, second = (self.back, self.times) if rows < columns else (self.times, self.back)
-            found = top_singular(lambda b: second(first(b)), start, most, float(above or 0))
+        if alone and narrow >= WIDE and (above is not None or most <= narrow // 32):
+            found = self._few(most, float(above or 0))
             if found is not None:
                 return found
         side = self.matrix if rows < columns else self.matrix.mT  # (..., s, l)
         w, vectors = ops.eigh(side @ side.mT)
-        return w.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+        return w.flip(-1).clamp_min(0).sqrt(), vectors[..., max(narrow - most, 0) :].flip(-1)
+
+    def _few(self, most: int, above: float) -> tuple[Tensor, Tensor] | None:
+        """Do what `singular` does by block Lanczos; None where that would not pay."""
+        first, second = (self.back, self.times) if self.shape[-2] < self.shape[-1] else (self.times, self.back)
+        *lead, longer = *self.shape[:-2], max(self.shape[-2:])
+        places = torch.arange(longer * BLOCK, dtype=self._target.dtype, device=self._target.device)
+        start = second(places.square().mul(0.7).cos().view(*lead, longer, BLOCK))  # half a step nearer than at random
+        return top_singular(lambda b: second(first(b)), start, most, above)
 
     def both_sides(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Left (..., m, k) and right vectors (..., n, k), given those of the smaller side as `singular` does."""

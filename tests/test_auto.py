@@ -109,3 +109,23 @@ def test_a_constant_error_of_a_whole_sequence_is_one_draw_of_noise(batch_dim):
         x, v = (t.transpose(0, batch_dim) for t in (x, v))
         false += len(found(model, site, x, v, "tiny", batch_dim=batch_dim)) > 0
     assert false <= 0.02 * DRAWS
+
+
+@pytest.mark.parametrize("method", ["tiny", "gradmax"])
+def test_noise_is_that_of_the_draws_with_what_they_lost_given_back(method):
+    """N has lost what h explains once and a draw twice; xv has not lost it, and gets back a leave-one-out residual."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5)).double()
+    x, v = (torch.randn(32, n, dtype=torch.float64) for n in (6, 5))
+    m = gk.collect(model, [gk.GrowthSite("0", "2", ("1",))], [(x, -v)], inner_product)["0"]
+    projected = torch.linalg.solve(m.hh, m.null_h)  # (draws, q, r)
+    bottleneck = torch.trace(m.vv) - (m.hv * torch.linalg.solve(m.hh, m.hv)).sum()
+    kept = 1 - (m.null_h * projected).sum() / len(m.null) / bottleneck
+    assert 0.6 < kept < 0.8  # h has 10 features of 32 rows
+    if method == "tiny":
+        whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(m.xx), m.null - m.xh @ projected, upper=False)
+        tops = torch.linalg.matrix_norm(whitened, 2) / kept.sqrt()
+    else:
+        tops = torch.linalg.matrix_norm(m.null, 2) / kept
+    expected = tops.mean() * (1 + 1e-6) + 5 * tops.std()
+    assert gk.solve(m, method=method).noise == pytest.approx(expected.item(), rel=1e-7)

@@ -10,6 +10,7 @@ from torch import nn
 
 import growkern as gk
 from growkern import ops, whitening
+from growkern.spectra import largest_eigenvalue
 from growkern.whitening import Factor, Whitened
 
 
@@ -213,10 +214,10 @@ def test_least_squares_of_many_sites_are_those_of_each(monkeypatch):
         torch.testing.assert_close(x @ found[name], fitted, rtol=1e-7, atol=1e-8)
     assert whitening.least_squares({}) == {}
 
-    def diverging(a):
+    def diverging(a, cut):
         return a.new_full(a.shape[:-1], torch.nan), a.new_full(a.shape, torch.nan)
 
-    monkeypatch.setattr(gk.ops, "eigh", diverging)
+    monkeypatch.setattr(whitening, "dominant", diverging)
     with pytest.raises(ValueError, match="did not converge on a second moment of site 'd'"):
         whitening.least_squares({name: pairs[name] for name in ("a", "d")})
 
@@ -268,22 +269,55 @@ def test_equal_singular_values_beyond_a_block_are_all_found(copies, bulk):
     assert (values[0] > 0.5).sum() == copies
 
 
+def test_largest_eigenvalues_settle_where_spectra_decay():
+    g = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(4, 300, 300, generator=g, dtype=torch.float64))[0]
+    spectra = torch.linspace(1, 3, 4, dtype=torch.float64)[:, None] * 0.8 ** torch.arange(300, dtype=torch.float64)
+    operators, calls = vectors * spectra[:, None] @ vectors.mT, []
+
+    def apply(b):
+        calls.append(b)
+        return torch.einsum("dmn,nd->md", operators, b)
+
+    found = largest_eigenvalue(apply, torch.randn(300, 4, generator=g, dtype=torch.float64), 30, settle=True)
+    torch.testing.assert_close(found, spectra[:, 0], rtol=1e-10, atol=0)
+    assert len(calls) < 15
+
+
+@pytest.mark.parametrize(("p", "r", "rank"), [(48, 12, 12), (600, 520, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_singular_values_of_ill_conditioned_moments(dtype):
+def test_singular_values_of_ill_conditioned_moments(dtype, p, r, rank):
     """x with a condition of 1e3, whose moment has 1e6: what float32 sums lose is their rounding, not more."""
     g = torch.Generator().manual_seed(0)
-    n, p, q, r = 4000, 48, 20, 12
+    n, q = 4000, 20
     mix = torch.linalg.qr(torch.randn(p, p, generator=g, dtype=torch.float64))[0]
     x = torch.randn(n, p, generator=g, dtype=torch.float64) * torch.logspace(0, -3, p, dtype=torch.float64) @ mix
     h, noise = (torch.randn(n, k, generator=g, dtype=torch.float64) for k in (q, r))
-    v = x / x.std(0) @ torch.randn(p, r, generator=g, dtype=torch.float64) / p**0.5 + noise
+    ways = torch.randn(p, rank, generator=g, dtype=torch.float64), torch.eye(rank, r, dtype=torch.float64)
+    v = 3 * x / x.std(0) @ ways[0] @ ways[1] / p**0.5 + noise
     a, b, c = (t.to(dtype) for t in (x, h, v))
     means = (each / n for each in ops.linear_moments(a, b, c))
     named = dict(zip(("xx", "xh", "xv", "hh", "hv", "vv"), means, strict=True))
     moments = dataclasses.replace(measure(mlp(p=p), *regression(p=p)), xr=None, null=None, update=None, **named)
     exact = torch.linalg.svdvals(torch.linalg.qr(x)[0].mT @ least_squares(h, v)) / n**0.5
-    values = gk.solve(moments, neurons=r).singular_values
-    assert ((values - exact).abs() / exact).max() < (1e-4 if dtype == torch.float32 else 1e-10)
+    values = gk.solve(moments, neurons=rank).singular_values
+    assert ((values - exact[:rank]).abs() / exact[:rank]).max() < (1e-4 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize(("rows", "power"), [(2000, 0), (2000, 3), (64, 0)])
+def test_condition_is_estimated_in_any_units(rows, power):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 60, generator=g, dtype=torch.float64) * torch.logspace(0, -power, 60, dtype=torch.float64)
+    x = x @ torch.linalg.qr(torch.randn(60, 60, generator=g, dtype=torch.float64))[0]
+    seen = torch.cat([x[:, :7], x[:, 8:]], 1)
+    seen = seen / seen.norm(dim=0)
+    w = torch.linalg.eigvalsh(seen.mT @ seen)
+    x = x * torch.logspace(-12, 12, 60, dtype=torch.float64)
+    x[:, 7] = 0
+    found = Factor(x.mT @ x)
+    assert found._lower is not None
+    assert found.rank == 59
+    assert 0.7 < found.condition * w[0] / w[-1] < 1 + 1e-9
 
 
 @pytest.mark.parametrize("method", ["tiny", "joint", "gradmax", "fisher", "random"])
