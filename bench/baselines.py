@@ -16,7 +16,7 @@ from torch import Tensor
 
 from growkern.backend import use_backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan
+from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan, residual_plan
 
 Results = list[Tensor]
 
@@ -317,14 +317,20 @@ def by_shifts(
     x_bias: bool,
     h_bias: bool,
     engine: str,
+    make: Callable[..., Plan] = conv2d_plan,
 ) -> Results:
     """What is shared among taps once, by products or by gradients of convolution weights; growkern's own plan."""
     sizes = tuple((m.shape[2], m.shape[3]) for m in (x, h, v))
     channels = (x.shape[1], h.shape[1], v.shape[1])
     full = kernel == "full"
-    plan = conv2d_plan(channels, sizes, producer, consumer, full, x_bias, h_bias)
-    found = Shifts((x, h, v), plan, engine).results()
+    found = Shifts((x, h, v), make(channels, sizes, producer, consumer, full, x_bias, h_bias), engine).results()
     return [found[0], found[0].new_empty(len(found[0]), 0), *found[1:]] if full else found
+
+
+def residual_by_shifts(x: Tensor, h: Tensor, v: Tensor, update: Tensor, **named: Any) -> Tensor:
+    """N alone, without draws."""
+    residual = residual_maps(h, v, update, named["consumer"], named["h_bias"])
+    return by_shifts(x, h, residual, make=residual_plan, **named)[0]
 
 
 # All of them ---------------------------------------------------------------------------------------------------
@@ -339,18 +345,27 @@ def ways(
         with use_backend("reference"):
             return call()
 
+    def bound(way: Callable[..., Any], **extra: Any) -> Callable[[], Any]:
+        way = partial(from_half, way) if args[0].dtype == torch.float16 else way
+        return partial(way, *args, **named, **extra)
+
     if case.op == "linear_moments":
-        yield "six products", "users", partial(six_products, *args, **named)
-        yield "one product", "pytorch", partial(one_product, *args, **named)
+        yield "six products", "users", bound(six_products)
+        yield "one product", "pytorch", bound(one_product)
     elif case.op == "linear_residual":
-        yield "draw by draw", "users", partial(draw_by_draw, *args, **named)
-        yield "all draws", "pytorch", partial(all_draws, *args, **named)
+        yield "draw by draw", "users", bound(draw_by_draw)
+        yield "all draws", "pytorch", bound(all_draws)
     elif case.op == "conv2d_residual":
-        yield "draw by draw", "users", partial(residual_by_unfold, *args, **named)
-        yield "by image", "pytorch", partial(residual_by_unfold, *args, **named, per_image=True)
+        yield "draw by draw", "users", bound(residual_by_unfold)
+        yield "by image", "pytorch", bound(residual_by_unfold, per_image=True)
     else:
-        yield "unfold", "users", partial(by_unfold, *args, **named)
+        yield "unfold", "users", bound(by_unfold)
         for engine in ("gradient", "products"):
-            yield f"shifts by {engine}", "pytorch", partial(by_shifts, *args, **named, engine=engine)
+            yield f"shifts by {engine}", "pytorch", bound(by_shifts, engine=engine)
     if "conv" in case.op:
         yield "chunks", "pytorch", reference
+
+
+def from_half(way: Callable[..., Results], *args: Tensor, **named: Any) -> Results:
+    """In single precision, as float16 holds no sum beyond 65,504; on a GPU tf32 multiplies its numbers exactly."""
+    return way(*(each.float() for each in args), **named)

@@ -22,17 +22,20 @@ LIMIT = {"cpu": 4e11, "cuda": float("inf")}  # operations of a row
 
 
 def rows(size: str, device: str) -> Iterator[Any]:
-    """Single and half precision, on a GPU tf32 too; on a CPU, where half precision is a copy, not of everything."""
+    """Single and half precision, on a GPU tf32 too; on a CPU, where half precision is a copy, not of everything.
+
+    float16 comes last: its kernels are those of bfloat16.
+    """
     for op in OPS:
         for case in cases(op, size=size):
             side = "residual" in op or getattr(case, "kernel", "") == "center"
-            for dtype in (torch.float32, torch.bfloat16):
-                half_on_cpu = device == "cpu" and dtype == torch.bfloat16
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                half_on_cpu = device == "cpu" and dtype != torch.float32
                 if dtype not in case.dtypes or work.operations(case) > LIMIT[device] or (half_on_cpu and side):
                     continue
                 for name in ("ieee", "tf32")[: 1 + (dtype == torch.float32 and device == "cuda")]:
                     text = f"{case}-{str(dtype).removeprefix('torch.')}-{name}"
-                    rank = 3 if half_on_cpu else 2 if side else 0
+                    rank = 4 if dtype == torch.float16 else 3 if half_on_cpu else 2 if side else 0
                     yield pytest.param(case, dtype, name, id=text, marks=pytest.mark.later(rank))
 
 
@@ -54,14 +57,15 @@ def measure(case: Case, dtype: torch.dtype, name: str, race: Race, device: str) 
     left_out = {}
     if case.op.endswith("moments") and dtype == torch.float32 and name == "ieee":
         left_out = add_gromo(ways, case, args, device, loose)
-    with at_precision(device, name):
+    half = dtype == torch.float16
+    with at_precision(device, "tf32" if half else name):
         race(
             described(case, dtype, name, device),
             ways,
             lambda out: max(map(error, out, expected)),
             operations=work.operations(case),
             nbytes=work.nbytes(args, named, expected if dtype == torch.float64 else [t.float() for t in expected]),
-            ceiling=ceiling_of(dtype, name),
+            ceiling=ceiling_of(torch.float32 if half and device == "cpu" else dtype, name),
             left_out=left_out,
         )
 

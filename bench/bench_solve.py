@@ -10,6 +10,7 @@ both sides, p = 9C + 1, with a fan-out of the whole kernel.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cholesky
 import pytest
 import torch
 from cases import error
@@ -62,18 +63,8 @@ def users(m: gk.Moments, neurons: int) -> Tensor:
 
 
 def best(m: gk.Moments, neurons: int) -> Tensor:
-    lower = torch.linalg.cholesky(m.xx.double())
-    t = torch.linalg.solve_triangular(lower, m.xr.double(), upper=False)
-    if t.shape[0] < t.shape[1]:
-        w, u = torch.linalg.eigh(t @ t.mT)
-        s, u = w[-neurons:].sqrt(), u[:, -neurons:]
-        v = t.mT @ u / s
-    else:
-        w, v = torch.linalg.eigh(t.mT @ t)
-        s, v = w[-neurons:].sqrt(), v[:, -neurons:]
-        u = t @ v / s
-    alpha = torch.linalg.solve_triangular(lower.mT, u, upper=True) * s.sqrt()
-    return (v * s.sqrt()) @ alpha.mT
+    alpha, omega = cholesky.best_neurons(torch.linalg.cholesky(m.xx.double()), m.xr.double(), neurons)
+    return omega @ alpha
 
 
 def randomized(m: gk.Moments, neurons: int) -> Tensor:

@@ -1,7 +1,8 @@
 """python bench/compare.py OLD NEW [--tolerance 0.1] shows what changed between two results; exit status 1 if slower.
 
-OLD and NEW are files or folders of bench/results. What counts is growkern's ratio to users' PyTorch, taken in turns in
-the same run, so that a machine that is slower as a whole changes nothing; where no such way was timed, the time itself.
+OLD and NEW are files or folders of bench/results. What counts is growkern's ratio to users' PyTorch (of whole growth
+steps, to the one by hand; of their cost, to training), taken in turns in the same run, so that a machine that is slower
+as a whole changes nothing; where no such way was timed, the time itself.
 A row is slower if that got worse by more than the tolerance and the quartiles do not overlap; more memory, a check
 that fails now and a way that is missing count as well.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import results
 
+RIVALS = ("users", "pytorch", "training")  # the first of them that a row has
 LEAST_MIB = 1.0  # more memory than that is worth a word
 
 Row = dict[str, Any]
@@ -24,12 +26,13 @@ def ways(where: Path) -> dict[Key, Row]:
     """growkern's ways of every row; `speed` is a median and its quartiles, the higher the better."""
     found = {}
     for row in results.rows(where):
-        users = next((way["way"] for way in row["ways"] if way.get("kind") == "users" and "ms" in way), None)
+        timed = {way.get("kind"): way["way"] for way in reversed(row["ways"]) if "ms" in way}
+        rival = next((timed[kind] for kind in RIVALS if kind in timed), None)
         for way in row["ways"]:
             if way.get("kind") == "growkern":
                 if "ms" in way:
                     times = [1 / way["ms"], 1 / way["high"], 1 / way["low"]]
-                    way["speed"] = way["over"][users] if users else times
+                    way["speed"] = way["over"][rival] if rival else times
                 found[(*results.identity(row), way["way"])] = way
     return found
 

@@ -18,7 +18,7 @@ BUDGET, LATER, ROUNDS = {"cpu": 6.0, "cuda": 1.0}, 0.25, {"cpu": 15, "cuda": 25}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("growkern")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    group.addoption("--size", default="bench", help="rows of tests/cases.py: bench, or test to try the suite")
+    group.addoption("--size", default="bench", help="rows: bench, or test to try the suite, or large (steps)")
     group.addoption("--budget", type=float, help="seconds for the times of one row")
     group.addoption("--rounds", type=int, help="most rounds of a row")
     group.addoption("--seconds", type=float, default=float("inf"), help="start no row after this time")
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("rows")
     if marker:
         made = marker.args[0](metafunc.config.option.size, metafunc.config.option.device)
-        names = [name for name in metafunc.fixturenames if name in ("case", "dtype", "precision", "width")]
+        names = [name for name in metafunc.fixturenames if name in ("case", "draws", "dtype", "precision", "width")]
         metafunc.parametrize(names, list(made))
 
 
@@ -98,7 +98,9 @@ def race(benchmark: Any, request: pytest.FixtureRequest, device: str, clock: Clo
 def told(row: dict[str, Any]) -> str:
     """A line for a row: times of growkern's ways, or why there is none, and the ratios of the first."""
     ways = [way for way in row["ways"] if way.get("kind") == "growkern"]
-    times = [f"{way['way']} " + (f"{way['ms']:g} ms" if "ms" in way else way["failed"]) for way in ways]
+    times = [
+        f"{way['way']} " + (f"{way['ms']:g} ms" if "ms" in way else way.get("failed", "not timed")) for way in ways
+    ]
     over = [f"{ratio[0]:.2f}× {name}" for name, ratio in ways[0].get("over", {}).items()]
     kind = " ".join(row[each] for each in ("dtype", "precision") if row[each] != "ieee")
     return f"{row['op']} {row['case']}, {kind}: {', '.join([*times, *over])}"

@@ -47,15 +47,16 @@ step ops "$(left 80)" python3 -m pytest -q --durations=5 $on_gpu -k "not triton"
 step ops-triton "$(left 120)" python3 -m pytest -q --durations=5 $on_gpu -k triton || failed=1
 # The suite, which needs pytest-benchmark; gromo's rows need gromo. Results: tar -xf OUT_DIR/bench.tar -C bench
 while read -r part seconds; do
-  step "bench-$part" "$(left $((seconds + 15)))" python3 -m pytest -q -p no:cacheprovider "bench/bench_$part.py" \
+  step "$part" "$(left $((seconds + 15)))" python3 -m pytest -q -p no:cacheprovider "bench/$part.py" \
     --benchmark-quiet --seconds "$seconds" --results "$logs/results" < /dev/null || failed=1
   tar -cf "$out/bench.tar" -C "$logs" results
 done << 'PARTS'
-moments 90
-jacobi 25
-solve 25
-sites 30
-scaling 25
+bench_moments 80
+bench_jacobi 25
+bench_solve 25
+bench_sites 30
+bench_scaling 20
+end_to_end 60
 PARTS
 step tune "$(left 60)" growkern tune --widths 64,256 || true # what was found within the time counts
 cp "$logs/tune" "$out/tune.txt"

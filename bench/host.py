@@ -11,24 +11,17 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 from growkern import backend
-from growkern.ops.moments import Call, Residual, group, grouped_moments, grouped_residuals
+from growkern.ops.moments import Call, group, grouped_moments, grouped_residuals
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from bench_sites import TWENTY_MAPS, TWENTY_WIDTHS, linear_calls, map_calls
+from bench_sites import TWENTY_MAPS, TWENTY_WIDTHS, linear_calls, map_calls, with_draws
 from no_kernels import NoKernels
 
 
 def host(name: str, calls: list[Call], repeats: int) -> dict[str, object]:
-    residuals = []
-    for call in calls:
-        features = call.h.shape[1] * (call.consumer.taps if call.consumer else 1) + call.h_bias
-        update = torch.zeros(call.v.shape[1], features, dtype=torch.float64)
-        residuals.append(Residual(call, update, torch.ones(16, len(call.x))))
     row: dict[str, object] = {"case": name}
-    for op, given in ((grouped_moments, calls), (grouped_residuals, residuals)):
+    for op, given in ((grouped_moments, calls), (grouped_residuals, with_draws(calls))):
         taken = []
         for _ in range(repeats + 2):
             start = time.perf_counter()

@@ -76,6 +76,7 @@ def ceilings(clock: Clock) -> dict[str, float]:
         (torch.float32, "ieee"),
         *((torch.float32, "tf32"),) * clock.cuda,
         (torch.bfloat16, "ieee"),
+        *((torch.float16, "ieee"),) * clock.cuda,  # a CPU multiplies it as float32, or very slowly
     ):
         a = torch.randn(SIDE[device], SIDE[device], device=device).to(dtype)
         with matmul_precision(a.device, precision):

@@ -1,7 +1,7 @@
 """Tables and plots of what the suite measured, and the figures that documents quote.
 
 python bench/report.py [FOLDER ...] writes report.md and scaling.png into each folder of results (all machines' if none
-is named). python bench/report.py --readme writes the tables between the markers of README.md and csrc/README.md.
+is named). python bench/report.py --readme writes the tables between the markers of the documents that quote them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 import results
 
 ROOT = Path(__file__).parents[1]
-QUOTING = (ROOT / "README.md", ROOT / "csrc" / "README.md")
+QUOTING = (ROOT / "README.md", ROOT / "csrc" / "README.md", ROOT / "docs" / "gromo.md")
 GROWTH = ("digits", "fashion-mnist")
 # What the README shows, in this order: parts of "op case dtype".
 SHOWN = (
@@ -131,6 +131,10 @@ def report(folder: Path) -> str:
     )
     for op, rows in by_op.items():
         text += [f"## {op}\n", full_table(rows), "Other ways:\n", others_table(rows)]
+        if op in SUMMARIES:
+            head, lines = SUMMARIES[op]
+            told = [cells for _, cells in lines({row["case"]: row for row in rows if timed(row)})]
+            text += ["In short:\n", table(head, told)]
     return "\n".join(text)
 
 
@@ -172,8 +176,8 @@ def plot(folder: Path) -> None:
 # What documents quote ---------------------------------------------------------------------------------------
 
 
-def machine_tables(head: list[str], lines: Callable[[dict[str, Row]], list[list[str]]]) -> str:
-    """A table for every machine on which the suite ran, under its name and the conditions."""
+def machine_tables(head: list[str], lines: Callable[[dict[str, Row]], list[tuple[Row, list[str]]]]) -> str:
+    """A table for every machine on which the suite ran, under its name and the conditions of the last of its rows."""
     text = []
     for folder in results.machines():
         rows = {f"{row['op']} {row['case']} {row['dtype']}": row for row in results.rows(folder)}
@@ -181,16 +185,15 @@ def machine_tables(head: list[str], lines: Callable[[dict[str, Row]], list[list[
         found = lines(rows)
         if not found:
             continue
-        run = max((run for path in folder.glob("*.json") for run in results.read(path)["runs"].values()), key=by_time)
-        machine = run["hardware"]["name"] + "".join(f", {n} threads" for n in [run["hardware"].get("threads")] if n)
+        runs = {at: run for path in folder.glob("*.json") for at, run in results.read(path)["runs"].items()}
+        run = runs[max(row["run"] for row, _ in found)]
+        threads = {None: "", 1: ", time of the processor on one thread"}
+        number = run["hardware"].get("threads")
+        machine = run["hardware"]["name"] + threads.get(number, f", {number} threads")
         told = f"{machine}, torch {run['versions']['torch']}, {run['at'][:10]}, load average {run['load average']}"
         told += f" at the start\n([all rows]({{prefix}}bench/results/{folder.name}))"
-        text.append(f"{told}:\n\n{table(head, found)}")
+        text.append(f"{told}:\n\n{table(head, [cells for _, cells in found])}")
     return "\n".join(text) or "No results yet: `make bench`.\n"
-
-
-def by_time(run: Row) -> str:
-    return run["at"]
 
 
 def timed(row: Row) -> bool:
@@ -198,31 +201,85 @@ def timed(row: Row) -> bool:
 
 
 def performance() -> str:
-    def lines(rows: dict[str, Row]) -> list[list[str]]:
+    def lines(rows: dict[str, Row]) -> list[tuple[Row, list[str]]]:
         found = []
         for text in SHOWN:
             for name, row in rows.items():
                 if name.startswith(text):
                     own = own_ways(row)[0]
                     ratios = [spread(best(row, own, *kinds), named=len(kinds) > 1) for kinds in KINDS]
-                    found.append([f"`{row['op']}` {row['case']}", digits(own["ms"]), *ratios])
+                    found.append((row, [f"`{row['op']}` {row['case']}", digits(own["ms"]), *ratios]))
         return found
 
     return machine_tables(["", "ms", "users' PyTorch ×", "best of PyTorch ×", "gromo ×"], lines)
 
 
 def convolutions() -> str:
-    def lines(rows: dict[str, Row]) -> list[list[str]]:
+    def lines(rows: dict[str, Row]) -> list[tuple[Row, list[str]]]:
         found = []
         for name, row in rows.items():
             if name.startswith("conv2d_moments") and name.endswith("-full float32") and "TFLOP/s" in own_ways(row)[0]:
                 own = own_ways(row)[0]
                 ratios = [spread(best(row, own, *kinds), named=len(kinds) > 1) for kinds in KINDS[:2]]
                 rates = [digits(1000 * own["TFLOP/s"]), digits(own["roofline"])]
-                found.append([row["case"].removesuffix("-full"), *ratios, *rates])
-        return [line for line in found if " = " not in line[0]]
+                found.append((row, [row["case"].removesuffix("-full"), *ratios, *rates]))
+        return [line for line in found if " = " not in line[1][0]]
 
     return machine_tables(["", "over users' PyTorch", "over the best of PyTorch", "GFLOP/s", "of the roofline"], lines)
+
+
+STEPPERS = ("growkern", "PyTorch", "gromo")
+STEPS = ["growth step", "s", "PyTorch by hand ×", "gromo ×", "MiB", "PyTorch by hand MiB", "gromo MiB"]
+
+
+def steps(rows: dict[str, Row]) -> list[tuple[Row, list[str]]]:
+    """Whole growth steps: time, ratios and memory beyond what was held."""
+    found = []
+    for row in rows.values():
+        if row["op"] == "growth_step":
+            ways = {way["way"]: way for way in row["ways"]}
+            own = ways["growkern"]
+            ratios = [spread(best(row, own, kind)) for kind in ("pytorch", "gromo")]
+            memory = [digits(ways[way]["MiB"]) if "MiB" in ways.get(way, {}) else "–" for way in STEPPERS]
+            found.append((row, [row["case"], digits(own["ms"] / 1e3), *ratios, *memory]))
+    return found
+
+
+EPOCHS = ["growth step on 2% of 50,000 images", "s", "an epoch of training, s", "growth step over epoch"]
+
+
+def epochs(rows: dict[str, Row]) -> list[tuple[Row, list[str]]]:
+    """What a growth step costs beside an epoch, whose time is that of a few batches times `epoch`."""
+    found = []
+    for row in rows.values():
+        if row["op"] == "growth_beside_an_epoch":
+            own, training = row["ways"]
+            times = [digits(own["ms"] / 1e3), digits(training["ms"] * row["epoch"] / 1e3)]
+            shares = [100 / (each * row["epoch"]) for each in own["over"]["training"]]
+            share = f"{digits(shares[0])}% ({digits(shares[2])}–{digits(shares[1])}%)"
+            found.append((row, [row["case"], *times, share]))
+    return found
+
+
+DROP_IN = ["growth step of", "gromo, s", "accelerated, s", "ratio", "statistics and updates alone", "MiB"]
+
+
+def drop_in(rows: dict[str, Row]) -> list[tuple[Row, list[str]]]:
+    """gromo as it is and accelerated; what the passes take is subtracted for the last ratio."""
+    found = []
+    for row in rows.values():
+        ways = {way["way"]: way for way in row["ways"] if "ms" in way}
+        if row["op"] == "growth_step" and {"gromo", "gromo, accelerated"} <= ways.keys():
+            gromo, own, passes = (ways[name] for name in ("gromo", "gromo, accelerated", "gromo's passes"))
+            alone = (gromo["ms"] - passes["ms"]) / (own["ms"] - passes["ms"])
+            cells = [digits(gromo["ms"] / 1e3), digits(own["ms"] / 1e3), spread(best(row, own, "gromo"))]
+            memory = f"{digits(gromo['MiB'])} / {digits(own['MiB'])}"
+            found.append((row, [row["case"], *cells, digits(alone), memory]))
+    return found
+
+
+# Tables that follow the rows of an op.
+SUMMARIES = {"growth_step": (STEPS, steps), "growth_beside_an_epoch": (EPOCHS, epochs)}
 
 
 def growth() -> str:
@@ -246,7 +303,14 @@ def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"performance": performance, "convolutions": convolutions, "growth": growth}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "performance": performance,
+    "convolutions": convolutions,
+    "steps": lambda: machine_tables(STEPS, steps),
+    "epochs": lambda: machine_tables(EPOCHS, epochs),
+    "drop_in": lambda: machine_tables(DROP_IN, drop_in),
+    "growth": growth,
+}
 
 
 def quoted(path: Path) -> str:

@@ -21,6 +21,7 @@ TOLERANCES = {
 }
 SINGLE_DOUBLE = (torch.float32, torch.float64)
 ALL = (*SINGLE_DOUBLE, torch.bfloat16, torch.float16)
+BENCH = (torch.float32, torch.bfloat16, torch.float16)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -198,7 +199,7 @@ def _bench_conv2d(channels: int, side: int, batch: int) -> list[Case]:
     return _conv2d(
         f"{channels}ch {side}² B={batch}",
         size="bench",
-        dtypes=(torch.float32, torch.bfloat16),
+        dtypes=BENCH,
         batch=batch,
         channels=(channels, channels, channels),
         maps=(side, side),
@@ -267,15 +268,15 @@ CASES: list[Case] = [
     *_conv2d("no channels of h", channels=(3, 0, 2), h_bias=False),
     *_conv2d("no channels of v", channels=(3, 4, 0)),
     *_conv2d("no draws", draws=0),
-    *_linear("FFN 768", 8192, (768, 3072, 768), size="bench", dtypes=(torch.float32, torch.bfloat16), draws=16),
-    *_linear("FFN 1024", 16384, (1024, 4096, 1024), size="bench", dtypes=(torch.float32, torch.bfloat16), draws=16),
+    *_linear("FFN 768", 8192, (768, 3072, 768), size="bench", dtypes=BENCH, draws=16),
+    *_linear("FFN 1024", 16384, (1024, 4096, 1024), size="bench", dtypes=BENCH, draws=16),
     *(
         case
         for width in (16, 32, 64, 128, 256)
-        for case in _linear(f"width {width}", 4096, (width, width, width), size="bench", draws=16)
+        for case in _linear(f"width {width}", 4096, (width, width, width), size="bench", dtypes=BENCH, draws=16)
     ),
-    *_runs("FFN 768 in runs of 16", 8192, 16, (768, 3072, 768), size="bench", dtypes=(torch.float32,), draws=16),
-    *_runs("width 256 in runs of 8", 4096, 8, (256, 256, 256), size="bench", draws=16),
+    *_runs("FFN 768 in runs of 16", 8192, 16, (768, 3072, 768), size="bench", dtypes=BENCH, draws=16),
+    *_runs("width 256 in runs of 8", 4096, 8, (256, 256, 256), size="bench", dtypes=BENCH, draws=16),
     *_bench_conv2d(8, 32, 256),
     *_bench_conv2d(16, 32, 256),
     *_bench_conv2d(64, 32, 128),
@@ -295,7 +296,7 @@ CASES: list[Case] = [
             f"{name} 32ch 32² B=64",
             kernels=("full",),
             size="bench",
-            dtypes=(torch.float32, torch.bfloat16),
+            dtypes=BENCH,
             batch=64,
             channels=(32, 32, 32),
             maps=(32, 32),

@@ -116,11 +116,11 @@ def test_nothing_is_timed_beside_a_wrong_first_way(bench: Callable[[str], Module
     assert not any("ms" in way for way in stored[0]["ways"])
 
 
-def measured_row(case: str, ms: float, users: float) -> dict[str, Any]:
+def measured_row(case: str, ms: float, others: float, kind: str = "users") -> dict[str, Any]:
     times = {"low": 0.98 * ms, "high": 1.02 * ms, "ms": ms}
-    ratio = [users / ms, 0.98 * users / ms, 1.02 * users / ms]
+    ratio = [others / ms, 0.98 * others / ms, 1.02 * others / ms]
     own = {"way": "cpp", "kind": "growkern", "error": 1e-7, "MiB": 1.0, **times, "over": {"naive": ratio}}
-    return {**DESCRIBED, "case": case, "ways": [own, {"way": "naive", "kind": "users", "ms": users, "MiB": 1.0}]}
+    return {**DESCRIBED, "case": case, "ways": [own, {"way": "naive", "kind": kind, "ms": others, "MiB": 1.0}]}
 
 
 def test_a_planted_regression_is_found(
@@ -135,9 +135,9 @@ def test_a_planted_regression_is_found(
         run = {"at": where.name}
         results.store(where / "moments.json", run, measured_row("a", 1.0 * slower, 5.0))
         # All of the machine is twice as slow: no regression.
-        results.store(
-            where / "moments.json", run, measured_row("b", 2.0 if slower > 1 else 1.0, 10 if slower > 1 else 5)
-        )
+        twice = 2 if slower > 1 else 1
+        results.store(where / "moments.json", run, measured_row("b", 1.0 * twice, 5 * twice))
+        results.store(where / "moments.json", run, measured_row("c", 1.0 * twice, 5 * twice, "training"))
     for other, status in ((old, 0), (new, 1)):
         monkeypatch.setattr(sys, "argv", ["compare.py", str(old), str(other)])
         assert compare.main() == status
@@ -146,7 +146,7 @@ def test_a_planted_regression_is_found(
     assert "SLOWER  sum  a" in said
     results.store(old / "moments.json", {"at": "later"}, measured_row("b", 1.0, 5.0))
     record = results.read(old / "moments.json")
-    assert [(row["case"], row["run"]) for row in record["rows"]] == [("a", "old"), ("b", "later")]
+    assert [(row["case"], row["run"]) for row in record["rows"]] == [("a", "old"), ("b", "later"), ("c", "old")]
 
 
 def test_documents_quote_the_committed_results(bench: Callable[[str], ModuleType]) -> None:
