@@ -114,10 +114,13 @@ def solve_together(
     left = dict(moments)
     for by_eigenvectors in (False, True):
         together = groups(left, key)
-        stacks = [stack([left[name] for name in names]) for names in together]
-        solutions = [run(each, by_eigenvectors) for each in stacks]
-        tables = _to_host([_table(*both) for both in zip(stacks, solutions, strict=True)])
-        for names, solution, table in zip(together, solutions, tables, strict=True):
+        solutions, tables = [], []
+        for names in together:
+            stacked = stack([left[name] for name in names])  # as large as what was measured: one is held at a time
+            solutions.append(run(stacked, by_eigenvectors))
+            tables.append(_table(stacked, solutions[-1]))
+            del stacked
+        for names, solution, table in zip(together, solutions, _to_host(tables), strict=True):
             for row, (name, column) in enumerate(zip(names, table, strict=True)):
                 fields = _unstacked(left[name], solution, row, column)
                 found |= {} if fields is None else {name: fields}
