@@ -69,7 +69,8 @@ std::vector<Item<T>> divide(const std::vector<Item<T>>& whole, int64_t images) {
   const double total = total_cost(whole);
   std::vector<Item<T>> items;
   for (Item<T> item : whole) {
-    item.parts = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(item.cost * kItems / total)), 1, images);
+    const double share = total > 0 ? item.cost / total : 0;  // transforms may have left nothing
+    item.parts = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(share * kItems)), 1, images);
     item.cost /= static_cast<double>(item.parts);
     for (item.part = 0; item.part < item.parts; ++item.part) items.push_back(item);
   }
