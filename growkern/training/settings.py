@@ -54,7 +54,7 @@ class Settings:
     kernel: str = _setting("full", "New convolutions' fan-out: the whole kernel, or its centre.", ("full", "center"))
     paired: bool = _setting(False, "Add units in ± pairs.")
     measured: int = _setting(1024, "Training samples that a growth step looks at.", at_least=1)
-    held_out: float = _setting(0.25, "Share of them that only chooses the amplitude.", at_least=0)
+    held_out: float = _setting(0.25, "Share of them that only chooses the amplitude.")
     max_neurons: int = _setting(0, "Most new units of one growth; 0 for no limit.", at_least=0)
     max_parameters: int = _setting(0, "Never grow beyond this many parameters; 0 for no limit.", at_least=0)
 
