@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
+from growkern.draws import Draws, combine
 from growkern.eval_mode import evaluating
 from growkern.passes import Passes
 from growkern.probe import LossFn, Probe, measured_together, residuals_together
@@ -187,7 +188,6 @@ def collect(
     probes = {probe.site.name: probe for probe in (Probe(model, site, kernel, batch_dim) for site in sites)}
     if not probes:
         raise ValueError("sites: expected at least one growth site, got none")
-    signs = torch.Generator().manual_seed(distributed.rank(group))
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
             hooks.enter_context(probe.watching())
@@ -198,7 +198,10 @@ def collect(
         updates = {name: update.mT for name, update in least_squares(pairs).items()}
 
         remaining = {name: probes[name] for name in updates}
-        second = run.sweep(remaining, lambda some, size: residuals_together(some, updates, null_draws, size, signs))
+        draws = {name: Draws(null_draws, probes[name].count, distributed.rank(group)) for name in again if null_draws}
+        second = run.sweep(remaining, lambda some, size: residuals_together(some, updates, draws, size))
+    for each in second.values():
+        each |= {key: combine(value, null_draws) for key, value in each.items() if key != "xr"}
     return {
         name: _assemble(probe, counts[name], reduction, sums.pop(name) | second.pop(name, {}), updates.get(name))
         for name, probe in probes.items()
@@ -217,8 +220,6 @@ def _assemble(probe: Probe, count: int, reduction: str, sums: dict[str, Tensor],
         means[name] = trimmed.contiguous().div_(count)
     if probe.kernel == "full":
         means["xh"] = means["null_h"] = None  # type: ignore[assignment]
-    if update is not None and means["null"].shape[0] == 0:
-        means["null"] = means["null_h"] = None  # type: ignore[assignment]
     units = probe.layers.units
     fan_in = producer.weight.detach().flatten(1)
     fan_out = consumer.weight.detach().reshape(consumer.weight.shape[0], units, -1).transpose(0, 1).flatten(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 
 from growkern import ops
 from growkern.between import Pool
+from growkern.draws import Draws, rows_per_sign
 from growkern.ops import ConvGeometry
 from growkern.ops.moments import Call, Residual
 from growkern.sites import GrowthSite, resolve
 
 LossFn = Callable[[Any, Any], Tensor]
-_LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
-_SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
 
 
 def measured_together(probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
@@ -35,12 +35,30 @@ def measured_together(probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
 
 
 def residuals_together(
-    probes: Sequence[Probe], updates: Mapping[str, Tensor], draws: int, batch_size: int, generator: torch.Generator
+    probes: Sequence[Probe], updates: Mapping[str, Tensor], draws: Mapping[str, Draws], batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """Sum up N of sites together, and its draws with random signs, with v⊥ = v − update·h."""
-    calls = [probe.residual(updates[probe.site.name], draws, batch_size, generator) for probe in probes]
-    names = ("xr", "null", "null_h")
-    return [dict(zip(names, sums, strict=True)) for sums in ops.moments.grouped_residuals(calls)]
+    """Sum up N of sites together, with v⊥ = v − update·h, and add to the sums behind their draws, which come along."""
+    found: list[dict[str, Tensor]] = [{} for _ in probes]
+    queues = []
+    for sums, probe in zip(found, probes, strict=True):
+        own = draws.get(probe.site.name)
+        queues.append([(sums, own, *each) for each in probe.residuals(updates[probe.site.name], own, batch_size)])
+    for some in itertools.zip_longest(*queues):  # a part of each at a time: what it gives is as large as N
+        calls = [each for each in some if each is not None]
+        totals, values = [], []
+        for (sums, own, number, _), (xr, *null) in zip(
+            calls, ops.moments.grouped_residuals([call for *_, call in calls]), strict=True
+        ):
+            if sums.setdefault("xr", xr) is not xr:
+                totals.append(sums["xr"])
+                values.append(xr)
+            if own is not None:
+                totals += own.places(number, *null)
+                values += null
+                sums |= own.sums
+        if totals:
+            torch._foreach_add_(totals, values)
+    return found
 
 
 class Probe:
@@ -180,17 +198,20 @@ class Probe:
         between = self.layers.between
         return self._all_once and between.norm is not None and between.pools_before_norm == len(between.pools)
 
-    def residual(self, update: Tensor, draws: int, batch_size: int, generator: torch.Generator) -> Residual:
-        """Give what to sum up for N and its draws with random signs."""
-        signs, run = None, 1
-        if draws:
-            # An image is worth a sign of its own.
-            run = rows_per_sign(self.rows, batch_size, self.count if self.kernel == "linear" else 0)
-            signs = torch.randint(0, 2, (draws, -(-self.rows // run)), generator=generator) * 2.0 - 1
-            signs = signs.to(update.device, non_blocking=True)
+    def residuals(self, update: Tensor, draws: Draws | None, batch_size: int) -> Iterator[tuple[int, Residual]]:
+        """Give what to sum up for N, with random signs by class of samples if there are draws."""
+        if draws is None:
+            yield 0, Residual(Call(*self.operands, **self._flags), update)
+            return
+        # An image is worth a sign of its own.
+        run = rows_per_sign(self.rows, batch_size, self.count if self.kernel == "linear" else 0)
+        for number, rows, signs in draws.parts(self.rows, run):
             if self.kernel != "linear":
-                signs, run = signs.repeat_interleave(run, dim=1)[:, : self.rows], 1
-        return Residual(Call(*self.operands, **self._flags), update, signs, run)
+                signs = signs.repeat_interleave(run, dim=1)[:, : rows.stop - rows.start]
+            signs = signs.to(update.device, non_blocking=True)
+            x, h, v = (each[rows] for each in self.operands)
+            call = Call(x, h, v, **self._flags)
+            yield number, Residual(call, update, signs, run if self.kernel == "linear" else 1)
 
     def release(self) -> None:
         """Let go of the operands of the last batch."""
@@ -271,25 +292,3 @@ def _surround(layer: nn.Conv2d) -> tuple[int, int, int, int]:
 def _geometry(layer: nn.Conv2d) -> ConvGeometry:
     left, _, top, _ = _surround(layer)
     return ConvGeometry(layer.kernel_size, layer.stride, (top, left), layer.dilation)
-
-
-def rows_per_sign(rows: int, batch_size: int, count: int) -> int:
-    """Give how many consecutive rows share a random sign: those of one image or sequence, or of several at once.
-
-    Parameters
-    ----------
-    rows, batch_size : int
-        Of one batch: rows (or images) that a layer sees, and images or sequences that the model does.
-    count : int
-        Rows of all batches; where they abound, sequences share signs, and what the draws cost does not grow with them.
-        0 where none are to share.
-
-    Returns
-    -------
-    int
-        At least 1.
-    """
-    if rows % batch_size:
-        return _LONGEST_RUN
-    own = max(rows // batch_size, 1)
-    return own * max(1, min(_LONGEST_RUN // own, count // own // _SIGNS))

@@ -38,6 +38,23 @@ LARGE = [
         for name, channels in (("narrow", (8, 5, 4)), ("wide", (33, 17, 40)))
     ),
 ]
+# One draw, under which images come in the order of their signs, by every way in which sums are made.
+ONE_DRAW = [
+    LinearCase(op="linear_residual", name="one draw", rows=3001, widths=(70, 32, 33), draws=1),
+    LinearCase(op="linear_residual", name="one draw of runs", rows=1000, widths=(16, 32, 64), draws=1, rows_per_sign=3),
+    *(
+        Conv2dCase(op="conv2d_residual", name=f"one draw {name}", batch=batch, channels=channels, draws=1, **options)
+        for name, batch, channels, options in (
+            ("wide", 5, (33, 17, 40), {"maps": (33, 18), "kernel": "center"}),
+            ("narrow", 70, (8, 5, 4), {"maps": (33, 18)}),
+            ("of one image", 1, (33, 17, 40), {"maps": (9, 8)}),
+            ("gathered", 9, (5, 17, 20), {"maps": (17, 11), "producer": ConvGeometry(2, 3)}),
+            ("transformed", 43, (48, 40, 33), {"maps": (8, 7)}),
+            ("transformed tiles", 7, (48, 40, 33), {"maps": (37, 34)}),
+            ("stride 2", 40, (48, 40, 33), {"maps": (9, 8), "consumer": ConvGeometry(3, 2, 1)}),
+        )
+    ),
+]  # fmt: skip
 # Runs of rows that share a sign, more than wait to be added up under the draws, and one that is divided.
 RUNS = [
     LinearCase(op="linear_residual", name="runs", rows=1000, widths=(33, 65, 10), draws=17, rows_per_sign=64),
@@ -100,7 +117,7 @@ def test_moments_of_every_instruction_set(case):
 @every_set
 @pytest.mark.usefixtures("_instruction_set")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("case", LARGE + RUNS + TRANSFORMED, ids=str)
+@pytest.mark.parametrize("case", LARGE + ONE_DRAW + RUNS + TRANSFORMED, ids=str)
 def test_large_moments(case, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -111,7 +128,7 @@ def test_large_moments(case, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", LARGE + RUNS + TRANSFORMED, ids=str)
+@pytest.mark.parametrize("case", LARGE + ONE_DRAW + RUNS + TRANSFORMED, ids=str)
 def test_error_is_at_most_twice_that_of_pytorch(case):
     args, named = case.arguments(torch.float32, seed=3)
     double_args, double_named = to_double((args, named))

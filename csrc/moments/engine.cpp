@@ -42,7 +42,7 @@ std::vector<Item<T>> split(std::vector<Moment<T>>& moments) {
       work += shifts * static_cast<double>(rows * columns);
       most = std::max(most, shifts);
     }
-    const double wanted = moment.summed_draws() > 0 ? kDrawItemSums : kItemSums;
+    const double wanted = moment.image_by_image() ? kDrawItemSums : kItemSums;
     const int64_t side = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(wanted / most)));
     for (int64_t u0 = 0; u0 < u.blocks; u0 += side) {
       for (int64_t v0 = moment.upper() ? u0 : 0; v0 < v.blocks; v0 += side) {
@@ -97,7 +97,7 @@ void emit(const Moment<T>& moment, const Item<T>* item, const T* sums, int64_t u
     double values[kLanes<T>] = {};
     for (const Term<T>& term : terms) {
       const int64_t offset = item->offset(u, v, moment.groups[term.group], term.vector) +
-                             draw * item->draw_elements() + i * kLanes<T> + term.lane;
+                             draw * item->set_elements() + i * kLanes<T> + term.lane;
       for (int64_t j = 0; j < columns; ++j) values[j] += term.coefficient * sums[item->start + offset + j];
     }
     for (int64_t j = 0; j < columns; ++j) out[i * row_step + j * column_step] = static_cast<T>(values[j]);
@@ -206,7 +206,8 @@ void want_sums(Source<T>& source, const Window& window, const Weights& weights) 
 }
 
 template <class T>
-Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t image_bytes, bool together) {
+Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t of_one_sign, int64_t image_bytes,
+                     bool together) {
   Schedule<T> plan;
   plan.items = split(moments);
   plan.sum_elements = place(plan.items);
@@ -222,11 +223,12 @@ Schedule<T> schedule(std::vector<Moment<T>>& moments, int64_t images, int64_t im
   int64_t budget = kPartPanelBytes;
   if (plan.parts < few || together) {
     // Transforms are mixed once for all images at hand.
-    budget = std::max(kBatchPanelBytes + bytes / 2, together ? images * image_bytes / 2 : 0);
+    const int64_t share = of_one_sign < images ? of_one_sign : images / 2;
+    budget = std::max(kBatchPanelBytes + bytes / 2, together ? share * image_bytes : 0);
     plan.items = divide(plan.items, images);
     plan.sum_elements = place(plan.items);
   }
-  const int64_t own = (images + plan.parts - 1) / plan.parts;  // of a part
+  const int64_t own = std::min((images + plan.parts - 1) / plan.parts, of_one_sign);  // of a part
   const int64_t most = std::clamp<int64_t>(budget / image_bytes, 1, own), times = (own + most - 1) / most;
   plan.images_at_once = (own + times - 1) / times;
   for (const Item<T>& item : plan.items) {
@@ -250,8 +252,10 @@ void Batch<T>::sum_part(const Schedule<T>& plan, int64_t part, int64_t reach, st
   const int64_t begin = images * part / plan.parts, end = images * (part + 1) / plan.parts;
   for (const auto& source : sources) panels.push_back(source->reserve(plan.images_at_once, reach));
   if (begin == end) std::memset(sums, 0, plan.sum_elements * sizeof(T));
-  for (int64_t first = begin; first < end; first += plan.images_at_once) {
-    const int64_t count = std::min(plan.images_at_once, end - first);
+  for (int64_t first = begin, count; first < end; first += count) {
+    count = std::min(plan.images_at_once, end - first);
+    if (first < positive) count = std::min(count, positive - first);
+    const int64_t set = !order.empty() && first >= positive;
     for (const auto& source : sources) {
       Panels<T>& own = panels[source->index];
       each(alone, source->pack_tasks(count), [&](int64_t task) { source->pack(own, first, count, task); });
@@ -260,12 +264,13 @@ void Batch<T>::sum_part(const Schedule<T>& plan, int64_t part, int64_t reach, st
     each(alone, static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
       const Item<T>& item = plan.items[plan.order[i]];
       if (first == begin) std::memset(sums + item.start, 0, item.elements() * sizeof(T));
-      multiply_item(item, panels, first, count, sums);
+      multiply_item(item, panels, first, count, sums + item.start + set * item.set_elements());
     });
     if (!spectrum.empty())
       spectrum.add(panels, count, [&](const Moment<T>& moment, int64_t u, int64_t v, int64_t vector) {
         const Item<T>& item = *plan.holder(moment, u, v);
-        return sums + item.start + item.offset(u, v, moment.groups[moment.transformed], vector);
+        const int64_t start = item.start + set * item.set_elements();
+        return sums + start + item.offset(u, v, moment.groups[moment.transformed], vector);
       });
   }
 }
@@ -285,8 +290,10 @@ void Batch<T>::run() {
     for (const Group& group : moment.groups)
       for (int64_t shift : group.shifts) reach = std::max(reach, std::abs(shift));
   }
-  spectrum.take(moments, images);
-  const Schedule<T> plan = schedule(moments, std::max<int64_t>(images, 1), image_bytes, !spectrum.empty());
+  const int64_t of_one_sign = order.empty() ? images : std::max(positive, images - positive);
+  spectrum.take(moments, of_one_sign);
+  const Schedule<T> plan = schedule(moments, std::max<int64_t>(images, 1), std::max<int64_t>(of_one_sign, 1),
+                                    image_bytes, !spectrum.empty());
   const Buffer<T> sums = allocate<T>(plan.parts * plan.sum_elements);
   std::vector<std::vector<Panels<T>>> panels(plan.parts);
   each(plan.parts == 1, plan.parts, [&](int64_t part) {
@@ -302,6 +309,13 @@ void Batch<T>::run() {
       add(sums.get() + item.start, sums.get() + part * plan.sum_elements + item.start, item.elements());
     for (int64_t part = 1; item.part == 0 && part < item.parts; ++part)
       add(sums.get() + item.start, sums.get() + plan.items[i + part].start, item.elements());
+    if (order.empty() || item.part > 0) return;
+    T *positives = sums.get() + item.start, *negatives = positives + item.set_elements();
+    for (int64_t e = 0; e < item.set_elements(); ++e) {
+      const T positive_sum = positives[e], negative_sum = negatives[e];
+      positives[e] = positive_sum + negative_sum;
+      negatives[e] = positive_sum - negative_sum;
+    }
   });
   for (int64_t part = 1; part < plan.parts; ++part)
     for (size_t source = 0; source < sources.size(); ++source)

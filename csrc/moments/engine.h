@@ -16,13 +16,12 @@ struct Item {
   int64_t u0, u1, v0, v1;
   int64_t part, parts;
   double cost;      // panel products of one image
-  // Of its sums: [draw, 0 for none, to a multiple of four][block of u][group][block of v][shift][kLanes][kLanes].
+  // Of its sums: [set][block of u][group][block of v][shift][kLanes][kLanes]. A set is a draw, 0 for none, or of one
+  // draw at first the images of one sign.
   int64_t start;
 
-  int64_t draw_elements() const {
-    return (u1 - u0) * (v1 - v0) * moment->sums * kLanes<T> * kLanes<T>;
-  }
-  int64_t elements() const { return draw_elements() * (moment->summed_draws() > 0 ? moment->v->sign_rows() : 1); }
+  int64_t set_elements() const { return (u1 - u0) * (v1 - v0) * moment->sums * kLanes<T> * kLanes<T>; }
+  int64_t elements() const { return set_elements() * moment->sets(); }
   // Of one sum, from that of the first block of u.
   int64_t offset(int64_t u, int64_t v, const Group& group, int64_t vector) const {
     const int64_t shifts = static_cast<int64_t>(group.shifts.size());
@@ -50,6 +49,8 @@ struct Schedule {
 template <class T>
 struct Batch {
   int64_t images;
+  std::vector<int64_t> order;  // of the images under one draw: those of sign 1 first
+  int64_t positive = 0;        // how many these are
   std::vector<std::unique_ptr<Source<T>>> sources;
   std::vector<Moment<T>> moments;
   Spectrum<T> spectrum;

@@ -68,7 +68,7 @@ void multiply_group(const Item<T>& item, const Group& group, const std::vector<P
 template <class T>
 void add_signed(const Item<T>& item, const std::vector<T>& sums, int64_t first, int64_t count, T* totals) {
   const Source<T>& v = *item.moment->v;
-  const int64_t rows = v.sign_rows(), elements = item.draw_elements();
+  const int64_t rows = v.sign_rows(), elements = item.set_elements();
   std::vector<T> signs(kSignedImages * rows, T{0});
   for (int64_t image = 0; image < count; ++image) {
     signs[image * rows] = 1;
@@ -87,15 +87,16 @@ template <class T>
 void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t number, int64_t count, T* sums) {
   const Moment<T>& moment = *item.moment;
   const int64_t begin = count * item.part / item.parts, end = count * (item.part + 1) / item.parts;
-  const int64_t positions = moment.u->pitch[0] * moment.u->pitch[1], draws = moment.summed_draws();
-  const int64_t step = draws > 0 ? 1 : std::max<int64_t>(1, kGroupRows / positions);
-  const int64_t elements = draws > 0 ? item.draw_elements() : 0;
+  const bool alone = moment.image_by_image();
+  const int64_t positions = moment.u->pitch[0] * moment.u->pitch[1];
+  const int64_t step = alone ? 1 : std::max<int64_t>(1, kGroupRows / positions);
+  const int64_t elements = alone ? item.set_elements() : 0;
   std::vector<const T*> right;
   std::vector<T> waiting(kSignedImages * elements);
   for (int64_t image = begin; image < end; image += step) {
-    T* target = sums + item.start;
+    T* target = sums;
     const int64_t place = (image - begin) % kSignedImages;
-    if (draws > 0) {
+    if (alone) {
       target = waiting.data() + place * elements;
       std::fill(target, target + elements, T{0});
     }
@@ -103,8 +104,8 @@ void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, in
     for (const Group& group : moment.groups)
       if (&group - moment.groups.data() != moment.transformed)
         multiply_group(item, group, panels, image, images, target, right);
-    if (draws > 0 && (place + 1 == kSignedImages || image + 1 == end))
-      add_signed(item, waiting, number + image - place, place + 1, sums + item.start);
+    if (alone && (place + 1 == kSignedImages || image + 1 == end))
+      add_signed(item, waiting, number + image - place, place + 1, sums);
   }
 }
 

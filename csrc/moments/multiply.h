@@ -7,7 +7,8 @@
 
 namespace growkern {
 
-// Adds the sums of `count` packed images, of which the first is number `number` of the batch.
+// Adds the sums of `count` packed images, of which the first is number `number` of the batch, to those of an item, or
+// to one set of them.
 template <class T>
 void multiply_item(const Item<T>& item, const std::vector<Panels<T>>& panels, int64_t number, int64_t count, T* sums);
 

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace growkern {
 namespace {
@@ -120,12 +121,20 @@ void Planner<T>::set_signs(const T* signs, int64_t draws) {
 
 template <class T>
 void Planner<T>::run() {
+  if (draws_ == 1) {
+    const auto positive = [this](int64_t image) { return signs_[image] > 0; };
+    batch_.order.resize(batch_.images);
+    std::iota(batch_.order.begin(), batch_.order.end(), int64_t{0});
+    const auto others = std::stable_partition(batch_.order.begin(), batch_.order.end(), positive);
+    batch_.positive = others - batch_.order.begin();
+    for (auto& source : batch_.sources) source->order = batch_.order.data();
+  }
   for (Moment<T>& moment : batch_.moments) {
     if (!(moment.v->map == maps_[2])) continue;
     moment.v->signs = signs_;
     moment.v->draws = draws_;
     // The row of a matrix is not worth its own sums.
-    moment.v->copied = draws_ > 0 && maps_[0].size == Pair{1, 1} && pitch_ == Pair{1, 1} && !moment.v->patches;
+    moment.v->copied = draws_ > 1 && maps_[0].size == Pair{1, 1} && pitch_ == Pair{1, 1} && !moment.v->patches;
   }
   // Of the sources those that were only considered are not packed.
   std::erase_if(batch_.sources, [&](const auto& source) {

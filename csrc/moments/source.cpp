@@ -28,7 +28,7 @@ void Source<T>::lay_out() {
 template <class T>
 bool Source<T>::in_place() const {
   const Dtype own = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
-  return is_matrix() && !copied && map.dtype == own && map.stride[1] == 1 && channels > 0 &&
+  return is_matrix() && !copied && order == nullptr && map.dtype == own && map.stride[1] == 1 && channels > 0 &&
          channels % kLanes<T> == 0 && map.stride[0] <= 4 * kLanes<T>;
 }
 
@@ -111,24 +111,26 @@ void Source<T>::pack(Panels<T>& panels, int64_t first, int64_t count, int64_t ta
     return;
   }
   const int64_t block = task % blocks, channel = block % channel_blocks * width, draw = block / channel_blocks;
-  const int64_t start = task / blocks * (is_matrix() ? kRows : 1);
+  const int64_t start = task / blocks * (is_matrix() ? kRows : 1), number = image(first + start);
   T* out = panels.first + block * panels.block_elements + start * image_elements();
   if (is_matrix()) {
     const int64_t length = std::min(kRows, count - start);
-    kernels<T>().pack({at(map, first + start, channel, 0, 0), map.dtype, map.stride[1], map.stride[0],
-                       channels_of(block), length},
-                      out, width);
-    if (draw == 0) return;
-    const T* sign = signs + (draw - 1) * map.images + first + start;
-    for (int64_t i = 0; i < length; ++i)
-      for (int64_t lane = 0; lane < width; ++lane) out[i * width + lane] *= sign[i];
+    for (int64_t i = 0, next; i < length; i = next) {
+      const int64_t row = image(first + start + i);
+      for (next = i + 1; next < length && image(first + start + next) == row + next - i;) ++next;
+      kernels<T>().pack({at(map, row, channel, 0, 0), map.dtype, map.stride[1], map.stride[0], channels_of(block),
+                         next - i},
+                        out + i * width, width);
+    }
+    for (int64_t i = 0; draw > 0 && i < length; ++i)
+      for (int64_t lane = 0; lane < width; ++lane) out[i * width + lane] *= sign(draw, first + start + i);
     return;
   }
   for (int64_t y = 0; y < (patches ? size : map.size)[0]; ++y, out += apart[0] * pitch[1] * width) {
     if (patches) {
-      pack_patches(*this, block, first + start, y, out);
+      pack_patches(*this, block, number, y, out);
     } else {
-      kernels<T>().pack({at(map, first + start, channel, y, 0), map.dtype, map.stride[1], map.stride[3],
+      kernels<T>().pack({at(map, number, channel, y, 0), map.dtype, map.stride[1], map.stride[3],
                          channels_of(block), map.size[1]},
                         out, apart[1] * width);
     }
@@ -143,13 +145,13 @@ void Source<T>::add_sums(Panels<T>& panels, int64_t first, int64_t count, int64_
   double* sum = panels.sums.data() + task * elements;
   const T* in = panels.first + block * panels.block_elements + row * pitch[1] * width;
   for (int64_t image = 0; image < count; ++image, in += image_elements()) {
-    const T sign = draw == 0 ? T{1} : signs[(draw - 1) * map.images + first + image];
-    for (int64_t i = 0; i < elements; ++i) sum[i] += sign * in[i];
+    const T own = sign(draw, first + image);
+    for (int64_t i = 0; i < elements; ++i) sum[i] += own * in[i];
   }
 }
 
-// The positions of an image are added up before its signs apply, or those of all images where there are none: a few in
-// single precision, then in double.
+// The positions of all images of like signs in a row are added up before the signs apply: a few in single precision,
+// then in double.
 template <class T>
 void Source<T>::add_lumped(Panels<T>& panels, int64_t first, int64_t count, int64_t block) const {
   constexpr int64_t few = 16;
@@ -171,12 +173,13 @@ void Source<T>::add_lumped(Panels<T>& panels, int64_t first, int64_t count, int6
         if (++waiting == few) flush();
       }
     }
-    if (draws == 0 && image + 1 < count) continue;
+    if (image + 1 < count && (draws == 0 || (draws == 1 && sign(1, first + image) == sign(1, first + image + 1))))
+      continue;
     flush();
     for (int64_t draw = 0; draw <= draws; ++draw) {
-      const T sign = draw == 0 ? T{1} : signs[(draw - 1) * map.images + first + image];
+      const T own = sign(draw, first + image);
       double* sum = panels.sums.data() + (draw * channel_blocks + block) * width;
-      for (int64_t lane = 0; lane < width; ++lane) sum[lane] += sign * total[lane];
+      for (int64_t lane = 0; lane < width; ++lane) sum[lane] += own * total[lane];
     }
     std::fill(total, total + kLanes<T>, 0.0);
   }

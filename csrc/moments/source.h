@@ -74,6 +74,7 @@ struct Source {
   bool lumped = true;        // whether they are wanted over all positions together only
   const T* signs = nullptr;  // (draws, images)
   int64_t draws = 0;
+  const int64_t* order = nullptr;  // in which images are packed; null for their own
   bool copied = false;       // whether the panels are repeated under each draw, or only `sums` are
 
   int64_t index = 0;           // in the batch
@@ -81,6 +82,10 @@ struct Source {
   int64_t channel_blocks = 0;  // without the repetitions under draws
   int64_t blocks = 0;
 
+  int64_t image(int64_t number) const { return order == nullptr ? number : order[number]; }
+  T sign(int64_t draw, int64_t number) const {
+    return draw == 0 ? T{1} : signs[(draw - 1) * map.images + image(number)];
+  }
   // Signs of an image, with the 1 before them, and zeros to a multiple of four, as the micro-kernel wants them.
   int64_t sign_rows() const { return (draws + 4) / 4 * 4; }
   int64_t image_elements() const { return in_place() ? map.stride[0] : pitch[0] * pitch[1] * width; }

@@ -85,7 +85,7 @@ void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
   Pair u_size{0, 0}, v_size{0, 0};
   for (Moment<T>& moment : moments) {
     const Source<T>&u = *moment.u, &v = *moment.v;
-    if (u.width < kLanes<T> || v.width < kLanes<T> || v.draws > 0 || u.blocks * v.blocks == 0) continue;
+    if (u.width < kLanes<T> || v.width < kLanes<T> || moment.image_by_image() || u.blocks * v.blocks == 0) continue;
     if (2 * own_reach(moment)[1] >= u.pitch[1]) continue;  // shifts by rows and by columns could not be told apart
     for (const Group& group : moment.groups) {
       const bool everywhere = group.row == kAll && group.column == kAll;

@@ -1,0 +1,100 @@
+"""Random signs: draws of what chance alone makes of N, from sums in which every sample takes part once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
+_SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
+_LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
+_COLUMNS = 2**15  # of all classes, that are made draws at a time, in the cache
+
+
+class Draws:
+    """Sums over classes of one site's samples under random signs, of which `combine` makes draws.
+
+    The samples of a measurement are divided, in order, into J classes of about the same size, J a power of two and at
+    least the number of draws. Every image or run of rows i gets one random sign s_i, and Q_j is the sum over class j of
+    s_i x_i v⊥_iᵀ. Draw d is Σ_j H_dj Q_j with a Hadamard matrix H of order J. The signs H_dj s_i of each draw are
+    independent and uniform. Two draws are uncorrelated where classes are alike, as rows of H are orthogonal.
+
+    Attributes
+    ----------
+    classes : int
+        J.
+    sums : dict of str to Tensor
+        "null" and "null_h": Q_j of x and of h, (J, p, r·offsets) and (J, q, r), as far as they have been added up.
+    """
+
+    def __init__(self, draws: int, count: int, seed: int) -> None:
+        """Prepare for `draws` draws from `count` rows, or images, that come in batches."""
+        self.classes = 1 << (draws - 1).bit_length()
+        self.sums: dict[str, Tensor] = {}
+        self._count, self._begun = count, 0
+        self._signs = torch.Generator().manual_seed(seed)
+
+    def parts(self, rows: int, run: int) -> Iterator[tuple[int, slice, Tensor]]:
+        """Cut the next batch of `rows` rows into parts of one class each: the class, rows, and signs (1, runs)."""
+        runs = -(-rows // run)
+        share = rows * self.classes / max(self._count, 1)
+        parts = max(min(math.ceil(share - _LONGER), runs), 1)
+        for part in range(parts):
+            first, last = part * runs // parts * run, min((part + 1) * runs // parts * run, rows)
+            middle = self._begun + (first + last) // 2
+            signs = torch.randint(0, 2, (1, -(-(last - first) // run)), generator=self._signs) * 2.0 - 1
+            yield middle * self.classes // max(self._count, 1), slice(first, last), signs
+        self._begun += rows
+
+    def places(self, number: int, null: Tensor, null_h: Tensor) -> list[Tensor]:
+        """Give where the sums of a class are to be added, which have these shapes with a leading dimension of 1."""
+        for name, value in (("null", null), ("null_h", null_h)):
+            if name not in self.sums:
+                self.sums[name] = value.new_zeros(self.classes, *value.shape[1:])
+        return [each[number : number + 1] for each in self.sums.values()]
+
+
+def combine(sums: Tensor, draws: int) -> Tensor:
+    """Make the first `draws` draws of the sums over all classes (classes, …), and overwrite these with them.
+
+    This is a fast Walsh–Hadamard transform: H_dj is −1 where d and j share an odd number of bits.
+
+    Returns
+    -------
+    Tensor
+        (draws, …).
+    """
+    size = max(_COLUMNS // len(sums), 1)
+    for columns in sums.flatten(1).split(size, 1):
+        half = 1
+        while half < len(sums):
+            even, odd = columns.unflatten(0, (-1, 2, half)).unbind(1)
+            even += odd
+            odd.mul_(-2).add_(even)
+            half *= 2
+    return sums[:draws]
+
+
+def rows_per_sign(rows: int, batch_size: int, count: int) -> int:
+    """Give how many consecutive rows share a random sign: those of one image or sequence, or of several at once.
+
+    Parameters
+    ----------
+    rows, batch_size : int
+        Of one batch: rows (or images) that a layer sees, and images or sequences that the model does.
+    count : int
+        Rows of all batches; where they abound, sequences share signs, and what the draws cost does not grow with them.
+        0 where none are to share.
+
+    Returns
+    -------
+    int
+        At least 1.
+    """
+    if rows % batch_size:
+        return _LONGEST_RUN
+    own = max(rows // batch_size, 1)
+    return own * max(1, min(_LONGEST_RUN // own, count // own // _SIGNS))
