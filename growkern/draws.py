@@ -11,7 +11,7 @@ from torch import Tensor
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
-_COLUMNS = 2**15  # of all classes, that are made draws at a time, in the cache
+_ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
 
 
 class Draws:
@@ -67,7 +67,7 @@ def combine(sums: Tensor, draws: int) -> Tensor:
     Tensor
         (draws, …).
     """
-    size = max(_COLUMNS // len(sums), 1)
+    size = max(_ELEMENTS // len(sums), 1)
     for columns in sums.flatten(1).split(size, 1):
         half = 1
         while half < len(sums):

@@ -87,21 +87,27 @@ int64_t place(std::vector<Item<T>>& items) {
   return elements;
 }
 
+// Where terms find their sums, and their weights.
+template <class T>
+struct Weighted {
+  std::vector<const T*> from;
+  std::vector<double> weights;
+};
+
 // Writes rows × columns of a pair of taps: out[i·row_step + j·column_step] = Σ over terms, in double precision because
 // borders are subtracted.
 template <class T>
 void emit(const Moment<T>& moment, const Item<T>* item, const T* sums, int64_t u, int64_t v, int64_t draw,
-          const std::vector<Term<T>>& terms, T* out, int64_t row_step, int64_t column_step) {
-  const int64_t rows = moment.u->channels_of(u), columns = moment.v->channels_of(v);
-  for (int64_t i = 0; i < rows; ++i) {
-    double values[kLanes<T>] = {};
-    for (const Term<T>& term : terms) {
-      const int64_t offset = item->offset(u, v, moment.groups[term.group], term.vector) +
-                             draw * item->set_elements() + i * kLanes<T> + term.lane;
-      for (int64_t j = 0; j < columns; ++j) values[j] += term.coefficient * sums[item->start + offset + j];
-    }
-    for (int64_t j = 0; j < columns; ++j) out[i * row_step + j * column_step] = static_cast<T>(values[j]);
+          const std::vector<Term<T>>& terms, Weighted<T>& weighted, T* out, int64_t row_step, int64_t column_step) {
+  weighted.from.clear();
+  weighted.weights.clear();
+  for (const Term<T>& term : terms) {
+    const int64_t offset = item->offset(u, v, moment.groups[term.group], term.vector) + draw * item->set_elements();
+    weighted.from.push_back(sums + item->start + offset + term.lane);
+    weighted.weights.push_back(term.coefficient);
   }
+  kernels<T>().emit(weighted.from.data(), weighted.weights.data(), static_cast<int64_t>(terms.size()),
+                    moment.u->channels_of(u), moment.v->channels_of(v), out, row_step, column_step);
 }
 
 // Writes all pairs of taps of block u by block v. `holder` finds the item that has the sums of two blocks.
@@ -113,15 +119,16 @@ void assemble(const Moment<T>& moment, const T* sums, int64_t summed_draw, int64
   const int64_t block = v % moment.v->channel_blocks;
   T* out = moment.result(summed_draw + v / moment.v->channel_blocks);
   if (out == nullptr) return;
+  Weighted<T> weighted;
   for (int64_t a = 0; a < taps_u; ++a) {
     for (int64_t b = 0; b < taps_v; ++b) {
       T* corner = out + (u * width_u * taps_u + a) * stride + block * width_v * taps_v + b;
       if (moment.symmetric && (a > b || (a == b && u > v))) {
         const auto& terms = moment.terms[b * taps_v + a];
-        emit(moment, holder(v, u), sums, v, u, summed_draw, terms, corner, taps_v, stride * taps_u);
+        emit(moment, holder(v, u), sums, v, u, summed_draw, terms, weighted, corner, taps_v, stride * taps_u);
       } else {
         const auto& terms = moment.terms[a * taps_v + b];
-        emit(moment, holder(u, v), sums, u, v, summed_draw, terms, corner, stride * taps_u, taps_v);
+        emit(moment, holder(u, v), sums, u, v, summed_draw, terms, weighted, corner, stride * taps_u, taps_v);
       }
       if (moment.symmetric && a == b && u == v) {
         const int64_t channels = moment.u->channels_of(u);

@@ -47,6 +47,10 @@ struct Kernels {
                    const Sums<T>& acc);
   // out[x·stride + c] = row[c, x]
   void (*pack)(const Row&, T* out, int64_t stride);
+  // out[i·row + j·column] = Σ over k < count of weights[k]·from[k][i·kLanes + j], in double precision, for i < rows and
+  // j < columns.
+  void (*emit)(const T* const* from, const double* weights, int64_t count, int64_t rows, int64_t columns, T* out,
+               int64_t row, int64_t column);
   // What spectrum.h asks for. From the real transforms of the real and, `imaginary` elements further, of the imaginary
   // parts of columns: four planes, `plane` elements apart, of each of `count` frequencies and of its opposite.
   void (*join)(const T* parts, int64_t imaginary, int64_t count, T* out, int64_t plane);

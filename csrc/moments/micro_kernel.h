@@ -161,6 +161,29 @@ void pack(const Row& row, T* out, int64_t stride) {
     for (int64_t c = 0; c < row.channels; ++c) out[x * stride + c] = data[c * row.channel_stride + x * row.step];
 }
 
+template <class T, int Bytes>
+void emit(const T* const* from, const double* weights, int64_t count, int64_t rows, int64_t columns, T* out,
+          int64_t row, int64_t column) {
+  using Wide = typename VectorOf<double, Bytes>::type;
+  using Narrow = typename VectorOf<T, Bytes * sizeof(T) / sizeof(double)>::type;
+  constexpr int64_t lanes = Bytes / sizeof(double), parts = kLanes<T> / lanes;
+  for (int64_t i = 0; i < rows; ++i) {
+    Wide sums[parts] = {};
+    for (int64_t k = 0; k < count; ++k) {
+#pragma GCC unroll 8
+      for (int64_t part = 0; part < parts; ++part) {
+        const T* in = from[k] + i * kLanes<T> + part * lanes;
+        sums[part] += weights[k] * __builtin_convertvector(*reinterpret_cast<const Narrow*>(in), Wide);
+      }
+    }
+    T values[kLanes<T>];
+#pragma GCC unroll 8
+    for (int64_t part = 0; part < parts; ++part)
+      *reinterpret_cast<Narrow*>(values + part * lanes) = __builtin_convertvector(sums[part], Narrow);
+    for (int64_t j = 0; j < columns; ++j) out[i * row + j * column] = values[j];
+  }
+}
+
 template <class T>
 void join(const T* parts, int64_t imaginary, int64_t count, T* out, int64_t plane) {
   typedef T Panel __attribute__((vector_size(kPanelBytes), aligned(sizeof(T)), may_alias));
@@ -246,7 +269,7 @@ void mix_columns(const double* rows, int64_t count, const double* factors, const
 
 template <class T, int Bytes, int MR>
 constexpr Kernels<T> table() {
-  return {multiply<T, Bytes, MR>, pack<T>, join<T>, mix_rows<T, Bytes>, mix_columns<T, Bytes>};
+  return {multiply<T, Bytes, MR>, pack<T>, emit<T, Bytes>, join<T>, mix_rows<T, Bytes>, mix_columns<T, Bytes>};
 }
 
 }  // namespace
