@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import growkern as gk
 from growkern import Moments
+from growkern.draws import Draws
 
 Batches = list[tuple[Any, Any]]
 
@@ -25,6 +26,16 @@ def at(model: nn.Module, batches: Batches, loss_fn: Callable[..., Tensor], **opt
     """Moments of the first site of a model."""
     sites = gk.find_sites(model, batches[0][0])[:1]
     return gk.collect(model, sites, batches, loss_fn, **options)[sites[0].name]
+
+
+def sign_of_rows(draws: int, batches: list[int], run: int = 1, seed: int = 0) -> Tensor:
+    """Signs (draws, rows) of batches of so many rows: of each class and run what `Draws` takes, times H_dj."""
+    source, found = Draws(draws, sum(batches), seed), []
+    for size in batches:
+        for number, part, signs in source.parts(size, run):
+            odd = torch.tensor([(draw & number).bit_count() % 2 for draw in range(draws)])
+            found.append((1 - 2 * odd[:, None]) * signs.repeat_interleave(run, 1)[:, : part.stop - part.start])
+    return torch.cat(found, 1).to(F64)
 
 
 @dataclasses.dataclass

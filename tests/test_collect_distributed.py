@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import close
-from networks import NETS, at, quartic
+from networks import NETS, at, quartic, sign_of_rows
+from test_collect_identities import explicit
 
 import growkern as gk
 from growkern import Moments
@@ -76,6 +77,8 @@ def test_group_gives_the_sums_of_all_processes(name: str, two_processes: Path) -
         if not key.startswith("null"):
             close(getattr(found[0], key), value, 1e-9)
     assert {m.count for m in found} == {26}
+    signs = torch.cat([sign_of_rows(3, [6, 4], seed=0), sign_of_rows(3, [11, 5], seed=1)], 1)
+    close(found[0].null, explicit(net, batches[::2] + batches[1::2], quartic, "full", signs)["null"], 1e-9)
 
 
 @pytest.mark.check("two processes (gloo)")

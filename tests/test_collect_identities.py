@@ -1,4 +1,4 @@
-"""Measuring: moments, gradients and draws against explicit sums and automatic differentiation."""
+"""Measuring: moments and gradients against explicit sums and automatic differentiation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from conftest import F64, FAMILIES, close
 from networks import NETS, Batches, Net, at, patches, quartic, rows, zeros_around
 from torch import Tensor, nn
-
-from growkern.probe import rows_per_sign
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -34,10 +32,13 @@ def read(maps: Tensor, layer: nn.Conv2d) -> list[Tensor]:
     return [maps[:, :, i * dy :: sy, j * dx :: sx][:, :, :height, :width] for i in range(kh) for j in range(kw)]
 
 
-def explicit(net: Net, batches: Batches, loss_fn: Callable[..., Tensor], kernel: str) -> dict[str, Tensor]:
+def explicit(
+    net: Net, batches: Batches, loss_fn: Callable[..., Tensor], kernel: str, signs: Tensor | None = None
+) -> dict[str, Tensor]:
     """Moments of a Net by the letter: sums over batches of samples written out, over images or rows.
 
-    v is −∂L/∂z of a loss that is a mean over the samples of a batch, times their number.
+    v is −∂L/∂z of a loss that is a mean over the samples of a batch, times their number. Signs (draws, images or rows)
+    are those of "null" and "null_h".
     """
     producer, consumer = net.producer, net.consumer
     model = net.model().eval()
@@ -72,6 +73,10 @@ def explicit(net: Net, batches: Batches, loss_fn: Callable[..., Tensor], kernel:
         sums["xh"] = x[0].T @ h
     update = torch.linalg.pinv(h.T @ h, hermitian=True) @ (h.T @ v)
     sums["xr"] = torch.einsum("onp,nr->pro", x, v - h @ update).flatten(1)
+    if signs is not None:
+        each = signs.repeat_interleave(len(h) // signs.shape[1], 1)
+        sums["null"] = torch.einsum("dn,onp,nr->dpro", each, x, v - h @ update).flatten(2)
+        sums["null_h"] = torch.einsum("dn,nq,nr->dqr", each, h, v - h @ update)
     result = {name: value / images for name, value in sums.items()}
     if inputs:
         uniform = torch.cat([t.movedim(1, 3).flatten(0, 2) for t in inputs])
@@ -186,52 +191,3 @@ def test_reductions_differ_by_known_factors() -> None:
     total = at(model, batches, lambda z, y: F.cross_entropy(z, y, reduction="sum"), reduction="sum", null_draws=0)
     for key, factor in (("xx", 1), ("hh", 1), ("xv", 5), ("hv", 5), ("vv", 25)):
         close(factor * getattr(total, key), getattr(mean, key))
-
-
-# Chance --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "kernel"), [("conv", "full"), ("conv", "center"), ("tokens", "full")])
-def test_draws_share_a_sign_per_image_or_sequence(name: str, kernel: str) -> None:
-    """Of one image a draw is ±N; of two, with N = a + b, it is ±N or ±(a − b)."""
-    net = NETS[name]()
-    model, batches = net.model(), net.batches(1)
-    moments = at(model, batches, quartic, kernel=kernel, null_draws=5)
-    assert moments.xr.abs().max() > 1e-8
-    for draw in moments.null:
-        close(draw.abs(), moments.xr.abs(), 1e-6)
-    model, batches = net.model(), net.batches(2)
-    moments = at(model, batches, quartic, kernel=kernel, null_draws=24)
-    kinds: list[Tensor] = []
-    for draw in moments.null:
-        if not any(torch.allclose(draw, sign * kind, atol=1e-12) for kind in kinds for sign in (1, -1)):
-            kinds.append(draw)
-    assert len(kinds) == 2
-    assert any(torch.allclose(kind.abs(), moments.xr.abs(), atol=1e-10) for kind in kinds)
-
-
-@pytest.mark.parametrize(("count", "run"), [(40, 1), (1600, 3)])
-def test_draws_vary_and_have_no_mean(count: int, run: int) -> None:
-    """Over many draws, their mean square is the sum over signs of the squares of what each one is in front of."""
-    net = NETS["linear"]()
-    model, batches = net.model(), net.batches(count)
-    moments = at(model, batches, quartic, null_draws=4000)
-    x = rows(batches[0][0], True)
-    h = F.relu(net.producer(batches[0][0])).detach()
-    z = net.consumer(h)
-    v = -count * torch.autograd.grad(quartic(torch.tanh(z), None), z)[0]
-    h = rows(h, True)
-    rest = v - h @ torch.linalg.lstsq(h, v).solution
-    each = torch.stack([part.sum(0) for part in (torch.einsum("np,nr->npr", x, rest) / count).split(run)])
-    close(moments.null.square().mean(0), each.square().sum(0), 0.12)
-    assert moments.null.mean(0).abs().max() < 5 * each.square().sum(0).sqrt().max() / 4000**0.5
-
-
-def test_rows_per_sign() -> None:
-    """One image, or a whole number of sequences, as long as 512 signs are left; 64 rows of unknown structure."""
-    assert [rows_per_sign(256, 256, count) for count in (256, 1023, 1024, 5120, 10**6)] == [1, 1, 2, 10, 64]
-    assert [rows_per_sign(320, 64, count) for count in (320, 5119, 5120, 10**6)] == [5, 5, 10, 60]
-    assert rows_per_sign(6400, 64, 10**6) == 100
-    assert rows_per_sign(100, 64, 100) == 64
-    assert rows_per_sign(0, 4, 0) == 1
-    assert rows_per_sign(4096, 4096, 0) == 1

@@ -46,12 +46,12 @@ ONE_DRAW = [
         Conv2dCase(op="conv2d_residual", name=f"one draw {name}", batch=batch, channels=channels, draws=1, **options)
         for name, batch, channels, options in (
             ("wide", 5, (33, 17, 40), {"maps": (33, 18), "kernel": "center"}),
-            ("narrow", 70, (8, 5, 4), {"maps": (33, 18)}),
+            ("narrow", 40, (8, 5, 4), {"maps": (17, 9)}),
             ("of one image", 1, (33, 17, 40), {"maps": (9, 8)}),
             ("gathered", 9, (5, 17, 20), {"maps": (17, 11), "producer": ConvGeometry(2, 3)}),
-            ("transformed", 43, (48, 40, 33), {"maps": (8, 7)}),
-            ("transformed tiles", 7, (48, 40, 33), {"maps": (37, 34)}),
-            ("stride 2", 40, (48, 40, 33), {"maps": (9, 8), "consumer": ConvGeometry(3, 2, 1)}),
+            ("transformed", 33, (33, 5, 17), {"maps": (8, 7)}),
+            ("transformed tiles", 5, (33, 5, 17), {"maps": (37, 34)}),
+            ("stride 2", 33, (33, 5, 17), {"maps": (9, 8), "consumer": ConvGeometry(3, 2, 1)}),
         )
     ),
 ]  # fmt: skip
