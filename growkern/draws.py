@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from torch import Tensor
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
+_FEW = 2**22  # entries of N, for each row: to sum them up under some more signs takes less than some more calls
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
 
 
@@ -37,24 +39,43 @@ class Draws:
         self._count, self._begun = count, 0
         self._signs = torch.Generator().manual_seed(seed)
 
-    def parts(self, rows: int, run: int) -> Iterator[tuple[int, slice, Tensor]]:
-        """Cut the next batch of `rows` rows into parts of one class each: the class, rows, and signs (1, runs)."""
-        runs = -(-rows // run)
-        share = rows * self.classes / max(self._count, 1)
-        parts = max(min(math.ceil(share - _LONGER), runs), 1)
-        for part in range(parts):
-            first, last = part * runs // parts * run, min((part + 1) * runs // parts * run, rows)
-            middle = self._begun + (first + last) // 2
-            signs = torch.randint(0, 2, (1, -(-(last - first) // run)), generator=self._signs) * 2.0 - 1
-            yield middle * self.classes // max(self._count, 1), slice(first, last), signs
+    def parts(self, rows: int, run: int, entries: int) -> Iterator[tuple[int, slice, Tensor]]:
+        """Cut the next batch into parts, each to be summed by one call.
+
+        Parameters
+        ----------
+        rows, run : int
+            Rows, or images, of the batch, and how many of them share a sign.
+        entries : int
+            Of N: where they are few a batch is one part, and signs are 0 in all classes but a sample's own.
+
+        Yields
+        ------
+        tuple of int, slice and Tensor
+            The first class, the rows, and signs (classes, runs).
+        """
+        count, runs = max(self._count, 1), -(-rows // run)
+        pieces = max(min(math.ceil(rows * self.classes / count - _LONGER), runs), 1)
+        ends = [min(piece * runs // pieces * run, rows) for piece in range(pieces + 1)]
+        pairs = list(itertools.pairwise(ends))
+        owners = [(self._begun + (first + last) // 2) * self.classes // count for first, last in pairs]
+        signs = torch.randint(0, 2, (1, runs), generator=self._signs) * 2.0 - 1
         self._begun += rows
+        if rows * entries <= _FEW:
+            own = torch.zeros(owners[-1] - owners[0] + 1, runs)
+            for owner, (first, last) in zip(owners, pairs, strict=True):
+                own[owner - owners[0], first // run : -(-last // run)] = 1
+            yield owners[0], slice(0, rows), signs * own
+            return
+        for owner, (first, last) in zip(owners, pairs, strict=True):
+            yield owner, slice(first, last), signs[:, first // run : -(-last // run)].clone()
 
     def places(self, number: int, null: Tensor, null_h: Tensor) -> list[Tensor]:
-        """Give where the sums of a class are to be added, which have these shapes with a leading dimension of 1."""
+        """Give where to add the sums of as many classes, of which the first is known by its number."""
         for name, value in (("null", null), ("null_h", null_h)):
             if name not in self.sums:
                 self.sums[name] = value.new_zeros(self.classes, *value.shape[1:])
-        return [each[number : number + 1] for each in self.sums.values()]
+        return [each[number : number + len(null)] for each in self.sums.values()]
 
 
 def combine(sums: Tensor, draws: int) -> Tensor:

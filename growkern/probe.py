@@ -205,7 +205,9 @@ class Probe:
             return
         # An image is worth a sign of its own.
         run = rows_per_sign(self.rows, batch_size, self.count if self.kernel == "linear" else 0)
-        for number, rows, signs in draws.parts(self.rows, run):
+        producer, consumer = self.layers.producer, self.layers.consumer
+        outputs = len(consumer.weight) if self.kernel == "center" else consumer.weight.numel() // self.layers.units
+        for number, rows, signs in draws.parts(self.rows, run, producer.weight[0].numel() * outputs):
             if self.kernel != "linear":
                 signs = signs.repeat_interleave(run, dim=1)[:, : rows.stop - rows.start]
             signs = signs.to(update.device, non_blocking=True)

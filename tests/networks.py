@@ -32,7 +32,7 @@ def sign_of_rows(draws: int, batches: list[int], run: int = 1, seed: int = 0) ->
     """Signs (draws, rows) of batches of so many rows: of each class and run what `Draws` takes, times H_dj."""
     source, found = Draws(draws, sum(batches), seed), []
     for size in batches:
-        for number, part, signs in source.parts(size, run):
+        for number, part, signs in source.parts(size, run, entries=2**40):
             odd = torch.tensor([(draw & number).bit_count() % 2 for draw in range(draws)])
             found.append((1 - 2 * odd[:, None]) * signs.repeat_interleave(run, 1)[:, : part.stop - part.start])
     return torch.cat(found, 1).to(F64)

@@ -11,6 +11,7 @@ from test_collect_identities import explicit
 from torch import Tensor, nn
 
 import growkern as gk
+import growkern.draws
 from growkern.draws import Draws, combine, rows_per_sign
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,8 +21,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("name", "kernel"), [("linear", "full"), ("tokens", "full"), ("conv", "full"), ("conv", "center")]
 )
-def test_a_draw_is_a_sum_under_known_signs(name: str, kernel: str, sizes: tuple[int, ...], draws: int) -> None:
+@pytest.mark.parametrize("few", [0, 2**22])
+def test_a_draw_is_a_sum_under_known_signs(
+    name: str, kernel: str, sizes: tuple[int, ...], draws: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of batches of one image, of fewer images than classes, and where the draws are no power of two."""
+    monkeypatch.setattr(growkern.draws, "_FEW", few)
     net = NETS[name]()
     model, batches = net.model(), net.batches(*sizes)
     run = 7 if name == "tokens" else 1
@@ -52,7 +57,7 @@ def test_classes_divide_the_samples_in_order(batches: list[int], run: int) -> No
     """Every row once, in classes of about the same size, if batches are; parts end where runs do."""
     draws, count, ends, owners = Draws(16, sum(batches), 0), sum(batches), [], []
     for size in batches:
-        parts = list(draws.parts(size, run))
+        parts = list(draws.parts(size, run, entries=2**40))
         assert [part.start for _, part, _ in parts] == [0, *(part.stop for _, part, _ in parts[:-1])]
         assert parts[-1][1].stop == size
         assert all(part.stop % run == 0 for _, part, _ in parts[:-1])

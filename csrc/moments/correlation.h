@@ -62,7 +62,7 @@ struct Moment {
   int64_t summed_draws() const { return v->copied ? 0 : v->draws; }
   // Whether the sums of every image are made first, and then added up under all draws. Under one draw images come in
   // the order of their signs, and those of either sign are summed.
-  bool image_by_image() const { return summed_draws() > 1; }
+  bool image_by_image() const { return summed_draws() > 0 && v->order == nullptr; }
   // How many of each sum there are.
   int64_t sets() const { return image_by_image() ? v->sign_rows() : 1 + summed_draws(); }
   T* result(int64_t draw) const { return draw == 0 ? out : null + (draw - 1) * rows() * columns(); }

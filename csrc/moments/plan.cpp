@@ -121,7 +121,8 @@ void Planner<T>::set_signs(const T* signs, int64_t draws) {
 
 template <class T>
 void Planner<T>::run() {
-  if (draws_ == 1) {
+  const auto is_sign = [](T value) { return value == 1 || value == -1; };
+  if (draws_ == 1 && std::all_of(signs_, signs_ + batch_.images, is_sign)) {
     const auto positive = [this](int64_t image) { return signs_[image] > 0; };
     batch_.order.resize(batch_.images);
     std::iota(batch_.order.begin(), batch_.order.end(), int64_t{0});
@@ -134,7 +135,7 @@ void Planner<T>::run() {
     moment.v->signs = signs_;
     moment.v->draws = draws_;
     // The row of a matrix is not worth its own sums.
-    moment.v->copied = draws_ > 1 && maps_[0].size == Pair{1, 1} && pitch_ == Pair{1, 1} && !moment.v->patches;
+    moment.v->copied = draws_ > 0 && batch_.order.empty() && maps_[0].size == Pair{1, 1} && pitch_ == Pair{1, 1} && !moment.v->patches;
   }
   // Of the sources those that were only considered are not packed.
   std::erase_if(batch_.sources, [&](const auto& source) {

@@ -173,7 +173,7 @@ void Source<T>::add_lumped(Panels<T>& panels, int64_t first, int64_t count, int6
         if (++waiting == few) flush();
       }
     }
-    if (image + 1 < count && (draws == 0 || (draws == 1 && sign(1, first + image) == sign(1, first + image + 1))))
+    if (image + 1 < count && (draws == 0 || (order != nullptr && sign(1, first + image) == sign(1, first + image + 1))))
       continue;
     flush();
     for (int64_t draw = 0; draw <= draws; ++draw) {
