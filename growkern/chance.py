@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,45 @@ from growkern.spectra import largest_eigenvalue
 from growkern.stacks import Stack
 from growkern.whitening import LARGEST_PADDED, Factor, by_row
 
-DEVIATIONS = 5.0  # above the mean of the draws' tops, in standard deviations: at most 1% false positives
+DEVIATIONS, DRAWS = 5.0, 16  # above the mean of so many tops, in standard deviations: at most 1% false positives
+
+
+@functools.cache
+def deviations(draws: int) -> float:
+    """Give what is exceeded as seldom with fewer or more draws as DEVIATIONS are with DRAWS.
+
+    One more of `draws` normal numbers is off their mean by √(1 + 1/draws) of their standard deviation, times a
+    Student's t of draws − 1 degrees of freedom.
+
+    Parameters
+    ----------
+    draws : int
+        Two or more.
+
+    Returns
+    -------
+    float
+        Standard deviations above the mean: 24.4 for 4 draws, 7.42 for 8, 5 for 16, 4.26 for 32.
+    """
+    wanted = _outside(DEVIATIONS / math.sqrt(1 + 1 / DRAWS), DRAWS - 1)
+    low, high = 0.0, 1e6
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _outside(middle, draws - 1) > wanted else (low, middle)
+    return high * math.sqrt(1 + 1 / draws)
+
+
+def _outside(t: float, freedom: int) -> float:
+    """Probability that Student's t is off 0 by more than t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    inside = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
 def threshold(
@@ -17,8 +58,7 @@ def threshold(
 ) -> Tensor:
     """Singular value (B,) above which a direction stands out of what chance produces; arguments as for `tops`."""
     found = tops(moments, x, v, hh, bottleneck, project)
-    spread = found.std(1) if found.shape[1] > 1 else 0.0
-    return found.mean(1) * (1 + 1e-6) + DEVIATIONS * spread
+    return found.mean(1) * (1 + 1e-6) + deviations(found.shape[1]) * found.std(1)
 
 
 def tops(
@@ -50,9 +90,9 @@ def tops(
     Raises
     ------
     ValueError
-        If no draws were measured.
+        If fewer than two draws were measured.
     """
-    if moments.null is None:
+    if moments.null is None or moments.null.shape[1] < 2:
         raise ValueError("neurons: 'auto' needs draws of chance; use collect(..., null_draws=16), or give an integer")
     null, offsets = moments.null, moments.offsets  # (B, draws, p, r·offsets)
     draws, width = null.shape[1], null.shape[3] if v is None else v.width * offsets

@@ -13,6 +13,7 @@ _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one imag
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
 _FEW = 2**22  # entries of N, for each row: to sum them up under some more signs takes less than some more calls
+_WIDE, _OF_WIDE = 2**20, 8  # from so many entries of N on, tops hardly scatter, and so many draws at most will do
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
 
 
@@ -32,22 +33,23 @@ class Draws:
         "null" and "null_h": Q_j of x and of h, (J, p, r·offsets) and (J, q, r), as far as they have been added up.
     """
 
-    def __init__(self, draws: int, count: int, seed: int) -> None:
-        """Prepare for `draws` draws from `count` rows, or images, that come in batches."""
-        self.classes = 1 << (draws - 1).bit_length()
+    def __init__(self, draws: int, entries: int, count: int, seed: int) -> None:
+        """Prepare for `draws` draws of N, of so many entries, from `count` rows, or images, that come in batches."""
+        self._draws, self._entries = min(draws, _OF_WIDE) if entries > _WIDE else draws, entries
+        self.classes = 1 << (self._draws - 1).bit_length()
         self.sums: dict[str, Tensor] = {}
         self._count, self._begun = count, 0
         self._signs = torch.Generator().manual_seed(seed)
 
-    def parts(self, rows: int, run: int, entries: int) -> Iterator[tuple[int, slice, Tensor]]:
+    def parts(self, rows: int, run: int) -> Iterator[tuple[int, slice, Tensor]]:
         """Cut the next batch into parts, each to be summed by one call.
+
+        Where N is small a batch is one part, and signs are 0 in all classes but a sample's own.
 
         Parameters
         ----------
         rows, run : int
             Rows, or images, of the batch, and how many of them share a sign.
-        entries : int
-            Of N: where they are few a batch is one part, and signs are 0 in all classes but a sample's own.
 
         Yields
         ------
@@ -61,7 +63,7 @@ class Draws:
         owners = [(self._begun + (first + last) // 2) * self.classes // count for first, last in pairs]
         signs = torch.randint(0, 2, (1, runs), generator=self._signs) * 2.0 - 1
         self._begun += rows
-        if rows * entries <= _FEW:
+        if rows * self._entries <= _FEW:
             own = torch.zeros(owners[-1] - owners[0] + 1, runs)
             for owner, (first, last) in zip(owners, pairs, strict=True):
                 own[owner - owners[0], first // run : -(-last // run)] = 1
@@ -76,6 +78,10 @@ class Draws:
             if name not in self.sums:
                 self.sums[name] = value.new_zeros(self.classes, *value.shape[1:])
         return [each[number : number + len(null)] for each in self.sums.values()]
+
+    def made(self) -> dict[str, Tensor]:
+        """Make draws of the sums of all classes, in their memory."""
+        return {name: combine(value, self._draws) for name, value in self.sums.items()}
 
 
 def combine(sums: Tensor, draws: int) -> Tensor:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
-from growkern.draws import Draws, combine
 from growkern.eval_mode import evaluating
 from growkern.passes import Passes
-from growkern.probe import LossFn, Probe, measured_together, residuals_together
+from growkern.probe import LossFn, Probe, draws_of, measured_together, residuals_together
 from growkern.sites import GrowthSite
 from growkern.whitening import least_squares
 
@@ -198,10 +197,10 @@ def collect(
         updates = {name: update.mT for name, update in least_squares(pairs).items()}
 
         remaining = {name: probes[name] for name in updates}
-        draws = {name: Draws(null_draws, probes[name].count, distributed.rank(group)) for name in again if null_draws}
+        draws = draws_of(remaining.values() if null_draws else (), null_draws, distributed.rank(group))
         second = run.sweep(remaining, lambda some, size: residuals_together(some, updates, draws, size))
-    for each in second.values():
-        each |= {key: combine(value, null_draws) for key, value in each.items() if key != "xr"}
+    for name, own in draws.items():
+        second[name] |= own.made()
     return {
         name: _assemble(probe, counts[name], reduction, sums.pop(name) | second.pop(name, {}), updates.get(name))
         for name, probe in probes.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,11 @@ def residuals_together(
         if totals:
             torch._foreach_add_(totals, values)
     return found
+
+
+def draws_of(probes: Iterable[Probe], number: int, seed: int) -> dict[str, Draws]:
+    """Prepare so many draws of each site, whose first pass is over."""
+    return {probe.site.name: Draws(number, probe.entries, probe.count, seed) for probe in probes}
 
 
 class Probe:
@@ -198,6 +203,13 @@ class Probe:
         between = self.layers.between
         return self._all_once and between.norm is not None and between.pools_before_norm == len(between.pools)
 
+    @property
+    def entries(self) -> int:
+        """Entries of N, without biases."""
+        producer, consumer = self.layers.producer, self.layers.consumer
+        outputs = len(consumer.weight) if self.kernel == "center" else consumer.weight.numel() // self.layers.units
+        return producer.weight[0].numel() * outputs
+
     def residuals(self, update: Tensor, draws: Draws | None, batch_size: int) -> Iterator[tuple[int, Residual]]:
         """Give what to sum up for N, with random signs by class of samples if there are draws."""
         if draws is None:
@@ -205,9 +217,7 @@ class Probe:
             return
         # An image is worth a sign of its own.
         run = rows_per_sign(self.rows, batch_size, self.count if self.kernel == "linear" else 0)
-        producer, consumer = self.layers.producer, self.layers.consumer
-        outputs = len(consumer.weight) if self.kernel == "center" else consumer.weight.numel() // self.layers.units
-        for number, rows, signs in draws.parts(self.rows, run, producer.weight[0].numel() * outputs):
+        for number, rows, signs in draws.parts(self.rows, run):
             if self.kernel != "linear":
                 signs = signs.repeat_interleave(run, dim=1)[:, : rows.stop - rows.start]
             signs = signs.to(update.device, non_blocking=True)

@@ -30,9 +30,9 @@ def at(model: nn.Module, batches: Batches, loss_fn: Callable[..., Tensor], **opt
 
 def sign_of_rows(draws: int, batches: list[int], run: int = 1, seed: int = 0) -> Tensor:
     """Signs (draws, rows) of batches of so many rows: of each class and run what `Draws` takes, times H_dj."""
-    source, found = Draws(draws, sum(batches), seed), []
+    source, found = Draws(draws, 2**20, sum(batches), seed), []
     for size in batches:
-        for number, part, signs in source.parts(size, run, entries=2**40):
+        for number, part, signs in source.parts(size, run):
             odd = torch.tensor([(draw & number).bit_count() % 2 for draw in range(draws)])
             found.append((1 - 2 * odd[:, None]) * signs.repeat_interleave(run, 1)[:, : part.stop - part.start])
     return torch.cat(found, 1).to(F64)

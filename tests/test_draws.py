@@ -55,9 +55,9 @@ def test_draws_of_classes_are_as_large_as_those_of_independent_signs(classes: in
 @pytest.mark.parametrize("run", [1, 3])
 def test_classes_divide_the_samples_in_order(batches: list[int], run: int) -> None:
     """Every row once, in classes of about the same size, if batches are; parts end where runs do."""
-    draws, count, ends, owners = Draws(16, sum(batches), 0), sum(batches), [], []
+    draws, count, ends, owners = Draws(16, 2**20, sum(batches), 0), sum(batches), [], []
     for size in batches:
-        parts = list(draws.parts(size, run, entries=2**40))
+        parts = list(draws.parts(size, run))
         assert [part.start for _, part, _ in parts] == [0, *(part.stop for _, part, _ in parts[:-1])]
         assert parts[-1][1].stop == size
         assert all(part.stop % run == 0 for _, part, _ in parts[:-1])
