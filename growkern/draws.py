@@ -11,19 +11,20 @@ from torch import Tensor
 
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
+_LEAST = 8  # classes
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
 _FEW = 2**22  # entries of N, for each row: to sum them up under some more signs takes less than some more calls
-_WIDE, _OF_WIDE = 2**20, 8  # from so many entries of N on, tops hardly scatter, and so many draws at most will do
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
 
 
 class Draws:
-    """Sums over classes of one site's samples under random signs, of which `combine` makes draws.
+    """Sums over classes of one site's samples under random signs, and draws made of them.
 
-    The samples of a measurement are divided, in order, into J classes of about the same size, J a power of two and at
-    least the number of draws. Every image or run of rows i gets one random sign s_i, and Q_j is the sum over class j of
-    s_i x_i v⊥_iᵀ. Draw d is Σ_j H_dj Q_j with a Hadamard matrix H of order J. The signs H_dj s_i of each draw are
-    independent and uniform. Two draws are uncorrelated where classes are alike, as rows of H are orthogonal.
+    The samples of a measurement are divided, in order, into J classes of about the same size, J a power of two. Every
+    image or run of rows i gets one random sign s_i, and Q_j is the sum over class j of s_i x_i v⊥_iᵀ. Draw d is
+    Σ_j H_dj Q_j with H a Hadamard matrix of order J, below it the same with signs of columns, for up to 2J draws. The
+    signs H_dj s_i of each draw are independent and uniform. Where classes are alike, draws of either half of H are
+    uncorrelated, and squares of correlations between the halves are 1/J in the mean.
 
     Attributes
     ----------
@@ -35,10 +36,11 @@ class Draws:
 
     def __init__(self, draws: int, entries: int, count: int, seed: int) -> None:
         """Prepare for `draws` draws of N, of so many entries, from `count` rows, or images, that come in batches."""
-        self._draws, self._entries = min(draws, _OF_WIDE) if entries > _WIDE else draws, entries
-        self.classes = 1 << (self._draws - 1).bit_length()
-        self.sums: dict[str, Tensor] = {}
+        self._draws, self._entries = draws, entries
         self._count, self._begun = count, 0
+        self.classes = max(_LEAST, (1 << (draws - 1).bit_length()) // 2)
+        self.sums: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
         self._signs = torch.Generator().manual_seed(seed)
 
     def parts(self, rows: int, run: int) -> Iterator[tuple[int, slice, Tensor]]:
@@ -76,33 +78,43 @@ class Draws:
         """Give where to add the sums of as many classes, of which the first is known by its number."""
         for name, value in (("null", null), ("null_h", null_h)):
             if name not in self.sums:
-                self.sums[name] = value.new_zeros(self.classes, *value.shape[1:])
+                size = self.classes * (1 + (self._draws > self.classes))
+                self._memory[name] = value.new_empty(size, *value.shape[1:])
+                self.sums[name] = self._memory[name][: self.classes].zero_()
         return [each[number : number + len(null)] for each in self.sums.values()]
 
     def made(self) -> dict[str, Tensor]:
-        """Make draws of the sums of all classes, in their memory."""
-        return {name: combine(value, self._draws) for name, value in self.sums.items()}
+        """Make the draws, (draws, p, r·offsets) and (draws, q, r), of the sums of all classes, in their memory."""
+        for name, memory in self._memory.items():
+            if len(memory) > self.classes:
+                halves = memory.flatten(1).split(self.classes)
+                torch.mul(halves[0], _columns(self.classes).to(memory)[:, None], out=halves[1])
+            for half in memory.split(self.classes):
+                transform(half)
+            self._memory[name] = memory[: self._draws]
+        return self._memory
 
 
-def combine(sums: Tensor, draws: int) -> Tensor:
-    """Make the first `draws` draws of the sums over all classes (classes, …), and overwrite these with them.
+def transform(sums: Tensor) -> None:
+    """Multiply the first dimension, a power of two, by a Hadamard matrix in place: H_dj = (−1)^(bits of d & j).
 
-    This is a fast Walsh–Hadamard transform: H_dj is −1 where d and j share an odd number of bits.
-
-    Returns
-    -------
-    Tensor
-        (draws, …).
+    Parameters
+    ----------
+    sums : Tensor
+        (classes, …).
     """
-    size = max(_ELEMENTS // len(sums), 1)
-    for columns in sums.flatten(1).split(size, 1):
+    for columns in sums.flatten(1).split(max(_ELEMENTS // len(sums), 1), 1):
         half = 1
         while half < len(sums):
             even, odd = columns.unflatten(0, (-1, 2, half)).unbind(1)
             even += odd
             odd.mul_(-2).add_(even)
             half *= 2
-    return sums[:draws]
+
+
+def _columns(classes: int) -> Tensor:
+    """Signs that make of columns of H what all rows are as far from as can be: a bent function, or a plateaued one."""
+    return torch.tensor([1 - 2 * ((j & (j >> 1) & 0x5555_5555).bit_count() % 2) for j in range(classes)])
 
 
 def rows_per_sign(rows: int, batch_size: int, count: int) -> int:

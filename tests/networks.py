@@ -30,12 +30,23 @@ def at(model: nn.Module, batches: Batches, loss_fn: Callable[..., Tensor], **opt
 
 def sign_of_rows(draws: int, batches: list[int], run: int = 1, seed: int = 0) -> Tensor:
     """Signs (draws, rows) of batches of so many rows: of each class and run what `Draws` takes, times H_dj."""
-    source, found = Draws(draws, 2**20, sum(batches), seed), []
+    source, found = Draws(draws, 1, sum(batches), seed), []
+    of_classes = sign_matrix(draws, source.classes)
     for size in batches:
         for number, part, signs in source.parts(size, run):
-            odd = torch.tensor([(draw & number).bit_count() % 2 for draw in range(draws)])
-            found.append((1 - 2 * odd[:, None]) * signs.repeat_interleave(run, 1)[:, : part.stop - part.start])
-    return torch.cat(found, 1).to(F64)
+            of_rows = signs.to(F64).repeat_interleave(run, 1)[:, : part.stop - part.start]
+            found.append(of_classes[:, number : number + len(signs)] @ of_rows)
+    return torch.cat(found, 1)
+
+
+def sign_matrix(draws: int, classes: int) -> Tensor:
+    """Signs (draws, classes) of the sums of classes in each draw: of the bits that d and j share, then of j as well."""
+
+    def odd(d: int, j: int) -> int:
+        pairs = sum((j >> bit & 3) == 3 for bit in range(0, 32, 2))
+        return (d & j & (classes - 1)).bit_count() + (pairs if d >= classes else 0)
+
+    return torch.tensor([[(-1.0) ** odd(d, j) for j in range(classes)] for d in range(draws)], dtype=F64)
 
 
 @dataclasses.dataclass

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import F64, close
-from networks import NETS, at, quartic, rows, sign_of_rows
+from networks import NETS, at, quartic, rows, sign_matrix, sign_of_rows
 from test_collect_identities import explicit
 from torch import Tensor, nn
 
 import growkern as gk
 import growkern.draws
-from growkern.draws import Draws, combine, rows_per_sign
+from growkern.draws import Draws, rows_per_sign
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,23 +39,28 @@ def test_a_draw_is_a_sum_under_known_signs(
         close(moments.null_h, expected["null_h"], 1e-9)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 16, 32])
-def test_draws_of_classes_are_as_large_as_those_of_independent_signs(classes: int) -> None:
-    """Σ_d n_d ⊗ n_d = J Σ_j Q_j ⊗ Q_j, and no two draws are alike."""
-    sums = torch.randn(classes, 3, 50001, dtype=F64)  # more than are transformed at a time
-    made = combine(sums.clone(), classes)
-    odd = [[(d & j).bit_count() % 2 for j in range(classes)] for d in range(classes)]
-    close(made, torch.einsum("dj,jpr->dpr", 1 - 2 * torch.tensor(odd, dtype=F64), sums))
-    few, flat = made[:, 0, :9], sums[:, 0, :9]
-    close(few.T @ few, classes * flat.T @ flat)
-    assert torch.equal(combine(sums.clone(), max(classes - 1, 1)), made[: max(classes - 1, 1)])
+@pytest.mark.parametrize(("draws", "classes"), [(8, 8), (16, 8), (32, 16), (64, 32)])
+def test_both_halves_of_the_draws_are_as_large_as_independent_ones(draws: int, classes: int) -> None:
+    """Σ_d n_d ⊗ n_d = J Σ_j Q_j ⊗ Q_j for each half; squares of correlations between draws of both add up to 1."""
+    source = Draws(draws, 1, 100, 0)
+    sums = torch.randn(classes, 3, 2**15, dtype=F64)  # more than are transformed at a time
+    source.places(0, sums[:1], sums[:1, :0])
+    source.sums["null"].copy_(sums)
+    made = source.made()["null"]
+    few, flat = made[..., ::501].flatten(1), sums[..., ::501].flatten(1)
+    for half in few.split(classes):
+        close(half.T @ half, classes * flat.T @ flat)
+    close(few, sign_matrix(draws, classes) @ flat)
+    correlations = sign_matrix(draws, classes) @ sign_matrix(draws, classes).T / classes
+    assert correlations.square().sum(1).eq(1 + (draws > classes)).all()
+    assert (correlations - torch.eye(draws, dtype=F64)).abs().max() <= 0.5
 
 
 @pytest.mark.parametrize("batches", [[1000], [7] * 100, [128] * 7 + [104], [64] * 24, [1] * 5, [3, 900, 2, 95]])
 @pytest.mark.parametrize("run", [1, 3])
 def test_classes_divide_the_samples_in_order(batches: list[int], run: int) -> None:
     """Every row once, in classes of about the same size, if batches are; parts end where runs do."""
-    draws, count, ends, owners = Draws(16, 2**20, sum(batches), 0), sum(batches), [], []
+    draws, count, ends, owners = Draws(32, 2**30, sum(batches), 0), sum(batches), [], []
     for size in batches:
         parts = list(draws.parts(size, run))
         assert [part.start for _, part, _ in parts] == [0, *(part.stop for _, part, _ in parts[:-1])]
@@ -74,9 +79,9 @@ def test_classes_divide_the_samples_in_order(batches: list[int], run: int) -> No
 
 
 def test_signs_are_fair_and_others_in_every_process() -> None:
-    signs = torch.cat([sign_of_rows(16, [8192], 1, seed) for seed in range(2)])
+    signs = torch.cat([sign_of_rows(8, [8192], 1, seed) for seed in range(2)])
     products = signs @ signs.T / 8192
-    assert (products - torch.eye(32)).abs().max() < 5 / 8192**0.5
+    assert (products - torch.eye(16)).abs().max() < 5 / 8192**0.5
     assert signs[:, 1:].mul(signs[:, :-1]).mean(1).abs().max() < 5 / 8192**0.5
     assert signs.mean(1).abs().max() < 5 / 8192**0.5
 
@@ -115,7 +120,7 @@ def test_draws_are_as_large_as_their_signs_make_them(count: int, run: int) -> No
     """With no more runs than classes, the mean square of all draws is the sum of the squares behind each sign."""
     net = NETS["linear"]()
     model, batches = net.model(), net.batches(count)
-    moments = at(model, batches, quartic, null_draws=1024)
+    moments = at(model, batches, quartic, null_draws=2048)
     x = rows(batches[0][0], True)
     h = F.relu(net.producer(batches[0][0])).detach()
     z = net.consumer(h)
