@@ -151,6 +151,37 @@ def test_convolution_sites(
     measure_group(name, with_draws(calls) if draws else calls, race, device)
 
 
+@pytest.mark.parametrize(("channels", "side"), [(16, 32), (64, 32), (256, 8)])
+def test_draws(channels: int, side: int, race: Race, device: str, request: pytest.FixtureRequest) -> None:
+    """What `neurons="auto"` adds to the measurement of a convolution: random signs in the second pass."""
+    number, images = (8, 64) if request.config.option.size == "bench" else (2, 2)
+    model = nn.Sequential(*(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))).to(device)
+    model.insert(1, nn.ReLU())
+    maps = torch.randn(number, images, channels, side, side, device=device)
+    batches = list(zip(maps, maps.roll(1, 0), strict=True))
+
+    def collect(network: nn.Module, pairs: Any, draws: int) -> Any:
+        site = gk.GrowthSite("0", "2", ("1",))
+        return gk.collect(network, site, pairs, lambda z, t: (z * t).sum() / len(z), null_draws=draws)["0"]
+
+    with use_backend("reference"):
+        expected = collect(copy.deepcopy(model).double(), [(x.double(), y.double()) for x, y in batches], 16)
+
+    def wrong(out: gk.Moments) -> float:
+        names = ("xx", "xv", "hh", "hv", "vv", "xr", *(("null",) if out.null is not None else ()))
+        return max(error(getattr(out, name), getattr(expected, name)) for name in names)
+
+    ways = [
+        Way("collect", "growkern", lambda: collect(model, batches, 16), THROUGH_A_NETWORK),
+        Way("without draws", "growkern", lambda: collect(model, batches, 0), THROUGH_A_NETWORK),
+    ]
+    race(
+        described("collect", f"with draws, {channels}ch {side}² {number} × {images}", device, torch.float32),
+        ways,
+        wrong,
+    )
+
+
 def test_statistics_pass(race: Race, device: str, request: pytest.FixtureRequest) -> None:
     """Moments of all sites of a ResNet-18; "forward and backward" is the pass alone, whose cost is in both."""
     images = 2 if request.config.option.size != "bench" else 256 if device == "cuda" else 32

@@ -66,8 +66,8 @@ def tops(
 ) -> Tensor:
     """Largest singular values of targets with random signs, whitened as the method whitens its own.
 
-    Random signs, one per image or sequence, keep whatever correlations, heavy tails and rank the data has and
-    destroy only the link between x and v⊥.
+    Random signs, one per image or sequence (see `growkern.draws`), keep whatever correlations, heavy tails and rank the
+    data has and destroy only the link between x and v⊥.
 
     Parameters
     ----------

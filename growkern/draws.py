@@ -11,7 +11,7 @@ from torch import Tensor
 
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
-_LEAST = 8  # classes
+_WIDE, _LEAST = 2**20, 8  # entries of N from which on classes are half as many, but for so many
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
 _FEW = 2**22  # entries of N, for each row: to sum them up under some more signs takes less than some more calls
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
@@ -22,9 +22,11 @@ class Draws:
 
     The samples of a measurement are divided, in order, into J classes of about the same size, J a power of two. Every
     image or run of rows i gets one random sign s_i, and Q_j is the sum over class j of s_i x_i v⊥_iᵀ. Draw d is
-    Σ_j H_dj Q_j with H a Hadamard matrix of order J, below it the same with signs of columns, for up to 2J draws. The
-    signs H_dj s_i of each draw are independent and uniform. Where classes are alike, draws of either half of H are
-    uncorrelated, and squares of correlations between the halves are 1/J in the mean.
+    Σ_j H_dj Q_j with a Hadamard matrix H of order J. The signs H_dj s_i of each draw are independent and uniform. Two
+    draws are uncorrelated where classes are alike, as rows of H are orthogonal.
+
+    On wide sites there are half as many classes, so that calls are fewer and larger, and below H stands the same once
+    more with signs of its columns. Squares of correlations between draws of the two halves are 1/J in the mean.
 
     Attributes
     ----------
@@ -38,7 +40,9 @@ class Draws:
         """Prepare for `draws` draws of N, of so many entries, from `count` rows, or images, that come in batches."""
         self._draws, self._entries = draws, entries
         self._count, self._begun = count, 0
-        self.classes = max(_LEAST, (1 << (draws - 1).bit_length()) // 2)
+        self.classes = 1 << (draws - 1).bit_length()
+        if entries > _WIDE and self.classes > _LEAST:
+            self.classes //= 2
         self.sums: dict[str, Tensor] = {}
         self._memory: dict[str, Tensor] = {}
         self._signs = torch.Generator().manual_seed(seed)

@@ -196,15 +196,16 @@ def _matrices(op: str, name: str, *shape: int, **options: Any) -> list[Case]:
 
 
 def _bench_conv2d(channels: int, side: int, batch: int) -> list[Case]:
-    return _conv2d(
-        f"{channels}ch {side}² B={batch}",
-        size="bench",
-        dtypes=BENCH,
-        batch=batch,
-        channels=(channels, channels, channels),
-        maps=(side, side),
-        draws=16,
-    )
+    name, widths = f"{channels}ch {side}² B={batch}", (channels, channels, channels)
+    options: dict[str, Any] = {
+        "size": "bench",
+        "dtypes": BENCH,
+        "batch": batch,
+        "channels": widths,
+        "maps": (side, side),
+    }
+    alone = Conv2dCase(op="conv2d_residual", name=f"{name} one draw-full", draws=1, **options)  # as `collect` calls it
+    return [*_conv2d(name, draws=16, **options), alone]
 
 
 def _scaling(axis: str, value: int, **option: Any) -> Case:
@@ -268,6 +269,10 @@ CASES: list[Case] = [
     *_conv2d("no channels of h", channels=(3, 0, 2), h_bias=False),
     *_conv2d("no channels of v", channels=(3, 4, 0)),
     *_conv2d("no draws", draws=0),
+    Conv2dCase(op="conv2d_residual", name="one draw-full", draws=1),
+    Conv2dCase(op="conv2d_residual", name="one draw-center", draws=1, kernel="center"),
+    LinearCase(op="linear_residual", name="one draw", rows=65, widths=(33, 17, 10), draws=1),
+    LinearCase(op="linear_residual", name="one draw of runs", rows=91, widths=(16, 17, 18), draws=1, rows_per_sign=7),
     *_linear("FFN 768", 8192, (768, 3072, 768), size="bench", dtypes=BENCH, draws=16),
     *_linear("FFN 1024", 16384, (1024, 4096, 1024), size="bench", dtypes=BENCH, draws=16),
     *(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import growkern as gk
 import growkern.draws
+from growkern.chance import deviations
 from growkern.draws import Draws, rows_per_sign
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,12 +22,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("name", "kernel"), [("linear", "full"), ("tokens", "full"), ("conv", "full"), ("conv", "center")]
 )
-@pytest.mark.parametrize("few", [0, 2**22])
+@pytest.mark.parametrize(("few", "wide"), [(0, 2**20), (2**22, 2**20), (0, 0)])
 def test_a_draw_is_a_sum_under_known_signs(
-    name: str, kernel: str, sizes: tuple[int, ...], draws: int, few: int, monkeypatch: pytest.MonkeyPatch
+    name: str, kernel: str, sizes: tuple[int, ...], draws: int, few: int, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of batches of one image, of fewer images than classes, and where the draws are no power of two."""
     monkeypatch.setattr(growkern.draws, "_FEW", few)
+    monkeypatch.setattr(growkern.draws, "_WIDE", wide)
     net = NETS[name]()
     model, batches = net.model(), net.batches(*sizes)
     run = 7 if name == "tokens" else 1
@@ -42,7 +44,7 @@ def test_a_draw_is_a_sum_under_known_signs(
 @pytest.mark.parametrize(("draws", "classes"), [(8, 8), (16, 8), (32, 16), (64, 32)])
 def test_both_halves_of_the_draws_are_as_large_as_independent_ones(draws: int, classes: int) -> None:
     """Σ_d n_d ⊗ n_d = J Σ_j Q_j ⊗ Q_j for each half; squares of correlations between draws of both add up to 1."""
-    source = Draws(draws, 1, 100, 0)
+    source = Draws(draws, 2**30, 100, 0)
     sums = torch.randn(classes, 3, 2**15, dtype=F64)  # more than are transformed at a time
     source.places(0, sums[:1], sums[:1, :0])
     source.sums["null"].copy_(sums)
@@ -84,6 +86,27 @@ def test_signs_are_fair_and_others_in_every_process() -> None:
     assert (products - torch.eye(16)).abs().max() < 5 / 8192**0.5
     assert signs[:, 1:].mul(signs[:, :-1]).mean(1).abs().max() < 5 / 8192**0.5
     assert signs.mean(1).abs().max() < 5 / 8192**0.5
+
+
+@pytest.mark.parametrize("draws", [3, 4, 7, 8, 33])
+def test_thresholds_of_other_draws_are_exceeded_as_seldom(draws: int) -> None:
+    """By Student's t, whose tail is integrated over u = t/x."""
+
+    def beyond(t: float, freedom: int) -> Tensor:
+        u = (torch.arange(200_000, dtype=F64) + 0.5) / 200_000
+        halves = torch.tensor([freedom / 2, (freedom + 1) / 2], dtype=F64).lgamma()
+        density = (1 + (t / u).square() / freedom) ** (-(freedom + 1) / 2) / (freedom * torch.pi) ** 0.5
+        return (halves[1] - halves[0]).exp() * (density * t / u.square()).mean()
+
+    assert deviations(16) == pytest.approx(5, rel=1e-11)
+    close(beyond(deviations(draws) / (1 + 1 / draws) ** 0.5, draws - 1), beyond(5 / (17 / 16) ** 0.5, 15), 1e-6)
+
+
+def test_one_draw_knows_no_deviation() -> None:
+    net = NETS["linear"]()
+    moments = at(net.model(), net.batches(20), quartic, null_draws=1)
+    with pytest.raises(ValueError, match="'auto' needs draws"):
+        gk.solve(moments)
 
 
 def test_draws_do_not_depend_on_the_sites_beside() -> None:

@@ -41,7 +41,6 @@ LARGE = [
 # One draw, under which images come in the order of their signs, by every way in which sums are made.
 ONE_DRAW = [
     LinearCase(op="linear_residual", name="one draw", rows=3001, widths=(70, 32, 33), draws=1),
-    LinearCase(op="linear_residual", name="one draw of runs", rows=1000, widths=(16, 32, 64), draws=1, rows_per_sign=3),
     *(
         Conv2dCase(op="conv2d_residual", name=f"one draw {name}", batch=batch, channels=channels, draws=1, **options)
         for name, batch, channels, options in (
