@@ -177,8 +177,10 @@ def test_nothing_above_chance_is_a_rejection():
     before = snapshot(model, optimizer)
     event = gk.Grower(model, optimizer, F.mse_loss).step([(x, noise)])
     assert not event.accepted
-    assert "chance" in event.reason
+    assert event.reason == "no neuron stands above chance"
     assert_same(before, snapshot(model, optimizer))
+    few = gk.Grower(model, optimizer, F.mse_loss).step([(x[:4], noise[:4])])
+    assert "more units than samples can tell apart" in few.reason
 
 
 def test_an_error_leaves_no_trace():
