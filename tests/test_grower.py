@@ -179,7 +179,8 @@ def test_nothing_above_chance_is_a_rejection():
     assert not event.accepted
     assert event.reason == "no neuron stands above chance"
     assert_same(before, snapshot(model, optimizer))
-    few = gk.Grower(model, optimizer, F.mse_loss).step([(x[:4], noise[:4])])
+    wide = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
+    few = gk.Grower(wide, torch.optim.SGD(wide.parameters(), 0.1), F.mse_loss).step([(x[:40], noise[:40])])
     assert "more units than samples can tell apart" in few.reason
 
 
