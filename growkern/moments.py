@@ -193,13 +193,12 @@ def collect(
             hooks.enter_context(probe.watching())
         sums = run.sweep(probes, lambda some, _: measured_together(some))
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
-        again = [name for name, probe in probes.items() if null_draws or probe.kernel == "full"]
+        again = {name: probe for name, probe in probes.items() if null_draws or probe.kernel == "full"}
         pairs = {name: (sums[name]["hh"], sums[name]["hv"]) for name in again}  # of sums as of means
         updates = {name: update.mT for name, update in least_squares(pairs).items()}
 
-        remaining = {name: probes[name] for name in updates}
-        draws = draws_of(remaining.values() if null_draws else (), null_draws, distributed.rank(group))
-        second = run.sweep(remaining, lambda some, size: residuals_together(some, updates, draws, size))
+        draws = draws_of(again.values(), null_draws, distributed.rank(group))
+        second = run.sweep(again, lambda some, size: residuals_together(some, updates, draws, size))
     for name, own in draws.items():
         second[name] |= own.made()
     return {

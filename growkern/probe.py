@@ -62,8 +62,8 @@ def residuals_together(
 
 
 def draws_of(probes: Iterable[Probe], number: int, seed: int) -> dict[str, Draws]:
-    """Prepare so many draws of each site, whose first pass is over."""
-    return {probe.site.name: Draws(number, probe.entries, probe.count, seed) for probe in probes}
+    """Prepare so many draws of each site, whose first pass is over; none of none."""
+    return {probe.site.name: Draws(number, probe.entries, probe.count, seed) for probe in probes if number}
 
 
 class Probe:
