@@ -154,7 +154,9 @@ def test_convolution_sites(
 @pytest.mark.parametrize(("channels", "side"), [(16, 32), (64, 32), (256, 8)])
 def test_draws(channels: int, side: int, race: Race, device: str, request: pytest.FixtureRequest) -> None:
     """What `neurons="auto"` adds to the measurement of a convolution: random signs in the second pass."""
-    number, images = (8, 64) if request.config.option.size == "bench" else (2, 2)
+    number, images = 8, 64
+    if request.config.option.size != "bench":
+        channels, side, number, images = 4, 8, 2, 3
     model = nn.Sequential(*(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))).to(device)
     model.insert(1, nn.ReLU())
     maps = torch.randn(number, images, channels, side, side, device=device)
