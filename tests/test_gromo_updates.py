@@ -101,6 +101,26 @@ def test_singular_values_over_many_orders() -> None:
     torch.testing.assert_close(directions @ directions.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("smallest", [1e-2, 2e-6, 5e-7])
+@pytest.mark.parametrize("rows", [520, 1100])
+def test_wide_moments(rows: int, smallest: float) -> None:
+    """Few neurons of a wide target; an eigenvalue well above, just above and below the threshold of 1e-6."""
+    torch.manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))[0]
+    w = torch.linspace(1, 2, rows, dtype=torch.float64)
+    w[0] = smallest
+    s = (rotation * w) @ rotation.T
+    real = torch.randn(rows, 6, dtype=torch.float64), torch.randn(6, 520, dtype=torch.float64)
+    n = torch.randn(rows, 520, dtype=torch.float64) + (real[0] * torch.arange(3, 9)) @ real[1]
+    options = {"maximum_added_neurons": 5}
+    s = (s + s.T) / 2
+    expected = tools.compute_optimal_added_parameters(s, n, **options)
+    single = n.float()  # so that S is as exact as before
+    with accelerate():
+        found = growing_module.compute_optimal_added_parameters(s, single, **options)
+    assert_same_neurons(found, tuple(each.float() for each in expected), 1e-5)
+
+
 @pytest.mark.parametrize("fisher", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
 def test_optimal_delta(dtype: torch.dtype, tolerance: float, fisher: bool) -> None:

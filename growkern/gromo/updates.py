@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from growkern import ops
 from growkern.gromo.statistics import NotCovered, need
 from growkern.spectra import WIDE, largest_eigenvalue
-from growkern.whitening import Whitened
+from growkern.whitening import Factor, Whitened
 
 __all__ = ["added_parameters", "delta"]
 
@@ -118,22 +119,27 @@ def added_parameters(
     need((s is None or len(s) == len(n)) and (e is None or len(e) == n.shape[1]))
     need(n.numel() > 0 and (maximum_added_neurons is None or maximum_added_neurons >= 0))
     left, right = _root(s, numerical_threshold), _root(e, e_threshold)
-    whitened = Whitened(n.double(), left, right)
+    target, by_x = n.double(), left
+    if left is not None and len(n) >= 2 * n.shape[1]:  # a narrow T costs less to make than to apply in parts
+        target, by_x = left.whiten(target), None
+    # A root does what Whitened asks of a factor.
+    whitened = Whitened(target, cast("Factor | None", by_x), cast("Factor | None", right))
     rows, columns = whitened.shape
     need(rows * columns > 0)
-    if rows >= 2 * columns:  # a narrow T costs less to make than to apply in parts
-        whitened.matrix  # noqa: B018
-    most = min(rows, columns) if maximum_added_neurons is None else max(1, maximum_added_neurons)
-    values, vectors = whitened.singular(most, None)
-    need(bool(torch.isfinite(values).all()))
+    exact = n.dtype == torch.float64
+    if not exact:
+        wanted = min(rows, columns) if maximum_added_neurons is None else max(1, maximum_added_neurons)
+        values, vectors = whitened.singular(wanted, None)
+        need(bool(torch.isfinite(values).all()))
+        count = _significant(values, statistical_threshold, maximum_added_neurons)
+        u, v = whitened.both_sides(values[:count], vectors[:, :count])
+        exact = not values[0] or bool(count and values[count - 1] < _GRAM * values[0])
+    if exact:
+        u, values, vh = ops.svd(whitened.matrix)
+        need(bool(torch.isfinite(values).all()))
+        v, count = vh.mT, _significant(values, statistical_threshold, maximum_added_neurons)
     # Where eigenvalues were dropped, gromo has singular values of zero besides.
     need(min(rows, columns) == min(n.shape) or min(statistical_threshold, float(values[0])) > 0)
-    count = _significant(values, statistical_threshold, maximum_added_neurons)
-    u, v = whitened.both_sides(values[:count], vectors[:, :count])
-    if n.dtype == torch.float64 or not values[0] or (count and values[count - 1] < _GRAM * values[0]):
-        u, values, vh = ops.svd(whitened.matrix)
-        need(not bool(values.isnan().any()))
-        v, count = vh.mT, _significant(values, statistical_threshold, maximum_added_neurons)
     u, values, v = u[:, :count], values[:count], v[:, :count]
     scale = torch.ones_like(values) if ignore_singular_values else values.sqrt()
     alpha = (u if left is None else left.unwhiten(u)) * scale
@@ -155,22 +161,26 @@ def _root(matrix: Tensor | None, threshold: float) -> Root | None:
     dead = None if bool(alive.all()) else ~alive
     lower = _cholesky(matrix, dead)
     if lower is not None and (threshold <= 0 or _all_above(threshold, lower, matrix, dead)):
-        seen = None if dead is None else alive.double()[:, None]  # (p, 1)
-
-        def whiten(b: Tensor) -> Tensor:
-            return torch.linalg.solve_triangular(lower, b if seen is None else b * seen, upper=False)
-
-        def unwhiten(u: Tensor) -> Tensor:
-            back = torch.linalg.solve_triangular(lower.mT, u, upper=True)
-            return back if seen is None else back * seen
-
-        return Root(whiten, unwhiten, len(lower))
-    del lower
+        return _triangular(lower, dead)
+    lower = None  # its memory is wanted
     w, q = ops.eigh(matrix)  # in the precision of gromo, so that about the same eigenvalues are kept
     need(not bool(w.isnan().any()))
     kept = w > threshold
     inverse = (q[:, kept] / w[kept].sqrt()).double()  # (p, rank)
     return Root(lambda b: inverse.mT @ b, lambda u: inverse @ u, inverse.shape[1])
+
+
+def _triangular(lower: Tensor, dead: Tensor | None) -> Root:
+    seen = None if dead is None else (~dead).double()[:, None]  # (p, 1)
+
+    def whiten(b: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(lower, b if seen is None else b * seen, upper=False)
+
+    def unwhiten(u: Tensor) -> Tensor:
+        back = torch.linalg.solve_triangular(lower.mT, u, upper=True)
+        return back if seen is None else back * seen
+
+    return Root(whiten, unwhiten, len(lower))
 
 
 def _all_above(threshold: float, lower: Tensor, matrix: Tensor, dead: Tensor | None) -> bool:
@@ -196,10 +206,8 @@ def _positive(matrix: Tensor) -> Tensor:
 
 
 def _cholesky(matrix: Tensor, dead: Tensor | None = None, less: float = 0.0) -> Tensor | None:
-    """Cholesky factor in float64 of a symmetric matrix less a multiple of the identity, where dead rows are its rows.
-
-    It takes the place of the one copy that is made of the matrix.
-    """
+    """Factor a symmetric matrix less a multiple of the identity in float64; None if it is not positive definite."""
+    # In the place of the one copy that is made of it; dead rows become those of the identity.
     lower = matrix.to(torch.float64, copy=True).mT  # columns first, as LAPACK has them
     if less:
         lower.diagonal().sub_(less)
