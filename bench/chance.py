@@ -39,7 +39,10 @@ RANK = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """Data of one kind: n rows of p features and r outputs, or n images of p channels and `side`² pixels."""
+    """Data of one kind: n rows of p features and r outputs, or n images of p channels and `side`² pixels.
+
+    The network has `width` hidden units, or fewer than samples by far where that is 0.
+    """
 
     kind: str
     n: int
@@ -48,11 +51,13 @@ class Setting:
     side: int = 0
     kernel: str = "full"
     strength: float = 0.0
+    width: int = 0
 
     @property
     def name(self) -> str:
         form = f"{self.side}² {self.kernel} " if self.side else ""
-        return f"{form}{self.kind} n={self.n} p={self.p} r={self.r}" + (f" s={self.strength}" if self.strength else "")
+        more = (f" s={self.strength}" if self.strength else "") + (f" width={self.width}" if self.width else "")
+        return f"{form}{self.kind} n={self.n} p={self.p} r={self.r}{more}"
 
     @property
     def work(self) -> int:
@@ -65,7 +70,7 @@ class Setting:
         return 100 if self.strength else 500 if self.work <= 1e8 else 50
 
     def model(self) -> nn.Module:
-        hidden = max(3, min(self.p // 2, 64))
+        hidden = self.width or max(3, min(self.p // 2, 64))
         if self.side:
             return nn.Sequential(nn.Conv2d(self.p, hidden, 3, 1, 1), nn.ReLU(), nn.Conv2d(hidden, self.r, 3, 1, 1))
         return nn.Sequential(nn.Linear(self.p, hidden), nn.ReLU(), nn.Linear(hidden, self.r))
@@ -106,6 +111,9 @@ def settings() -> list[Setting]:
         for n in (48, 192)
         for kernel in ("full", "center")
     ]
+    every += [Setting("independent", 160, 16, 16, width=width) for width in (80, 120, 150, 160, 320)]
+    kernels = ("full", "center")
+    every += [Setting("independent", 32, 4, 4, 4, kernel, width=width) for kernel in kernels for width in (14, 28, 42)]
     every += [
         Setting("signal", 10 * p, p, r, strength=s) for p, r in ((16, 16), (64, 16), (256, 64)) for s in STRENGTHS
     ]

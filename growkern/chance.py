@@ -9,6 +9,7 @@ from growkern.spectra import largest_eigenvalue
 from growkern.stacks import Stack
 from growkern.whitening import LARGEST_PADDED, Factor, by_row
 
+LEAST_LEFT = 0.05  # share of the samples' dimensions that h leaves; below, whatever is left of v says nothing of chance
 DEVIATIONS = 5.0  # above the mean of the draws' tops, in standard deviations: at most 1% false positives
 
 
@@ -18,7 +19,11 @@ def threshold(
     """Singular value (B,) above which a direction stands out of what chance produces; arguments as for `tops`."""
     found = tops(moments, x, v, hh, bottleneck, project)
     spread = found.std(1) if found.shape[1] > 1 else 0.0
-    return found.mean(1) * (1 + 1e-6) + DEVIATIONS * spread
+    samples = moments.numbers([each.count * each.positions for each in moments.parts])
+    expressed = moments.numbers([len(each.hh) for each in moments.parts]) if hh is None else hh.rank
+    above = found.mean(1) * (1 + 1e-6) + DEVIATIONS * spread
+    # Of about as many directions as samples h expresses any v, noise too, and v⊥ is rounding.
+    return torch.where(expressed > (1 - LEAST_LEFT) * samples, torch.inf, above)
 
 
 def tops(
@@ -65,6 +70,8 @@ def tops(
         null_h = moments.null_h.double().transpose(1, 2)  # (B, q, draws, r)
         carried = hh.solve(null_h.flatten(2)).view(null_h.shape)
         kept = 1 - (null_h * carried).sum((1, 2, 3)) / draws / bottleneck.clamp_min(1e-300)
+    elif not project:  # for "full" nothing tells, but h has taken no more of noise than of v
+        kept = bottleneck / moments.vv.diagonal(dim1=1, dim2=2).double().sum(1).clamp_min(1e-300)
     xh = moments.xh if project and carried is not None else None
 
     def gram(b: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ class Moments:
         The site they belong to.
     kernel : str
         "linear"; for convolutions "full" or "center".
-    count, reduction : int, str
-        Images, or rows; and how the loss sums over them.
+    count, positions, reduction : int, int, str
+        Images, or rows; samples of h in each; and how the loss sums over them.
     slope : float
         Mean one-sided derivative at 0 of what lies between the layers; `smooth` says whether both agree.
     x_bias, h_bias : bool
@@ -60,6 +60,7 @@ class Moments:
     site: GrowthSite
     kernel: str
     count: int
+    positions: int
     reduction: str
     slope: float
     smooth: bool
@@ -219,13 +220,13 @@ def _assemble(probe: Probe, count: int, reduction: str, sums: dict[str, Tensor],
         means["xh"] = means["null_h"] = None  # type: ignore[assignment]
     if update is not None and means["null"].shape[0] == 0:
         means["null"] = means["null_h"] = None  # type: ignore[assignment]
-    units = probe.layers.units
     fan_in = producer.weight.detach().flatten(1)
-    fan_out = consumer.weight.detach().reshape(consumer.weight.shape[0], units, -1).transpose(0, 1).flatten(1)
+    fan_out = consumer.weight.detach().reshape(len(consumer.weight), probe.layers.units, -1).transpose(0, 1).flatten(1)
     return Moments(
         site=probe.site,
         kernel=probe.kernel,
         count=count,
+        positions=1 if probe.kernel == "linear" else probe.output_positions,
         reduction=reduction,
         slope=between.slope,
         smooth=between.smooth,

@@ -84,7 +84,7 @@ class NewNeurons:
     rank, condition : int, float
         Of the moment of x that was factored.
     noise : float or None
-        What chance produces among the singular values: the threshold of ``neurons="auto"``.
+        What chance produces among the singular values: the threshold of ``neurons="auto"``, or infinity.
     cut : int
         Units that "auto" could have added and did not, because they do not stand above `noise`.
     mean, variance : Tensor or None
@@ -208,7 +208,7 @@ def _solve(
     else:
         t = Whitened(target, x, v, m.offsets)
         values, side = t.singular(max(limits), noise)
-        sound.append(~values.isnan().any(1) & (power if noise is None else noise).isfinite())
+        sound.append(~values.isnan().any(1) & ~(power if noise is None else noise).isnan())
         scale = m.xv.flatten(1).double().norm(dim=1) if x is None else (v.rank if v else power).sqrt()
         floor = torch.maximum(1e3 * torch.finfo(m.dtype).eps * scale, 1e-7 * values[:, :1].sum(1))
         floor = floor if noise is None else torch.maximum(floor, noise)

@@ -66,6 +66,38 @@ def test_noise_gives_no_neurons_convolution(smooth, kernel, method):
     assert false <= 0.02 * DRAWS
 
 
+@pytest.mark.parametrize("method", ["tiny", "joint", "fisher", "gradmax"])
+@pytest.mark.parametrize("hidden", [44, 47, 52, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_gives_no_neurons_where_a_wide_layer_expresses_all_of_it(hidden, method, dtype):
+    """With as many units as samples the weights reach any v, and v⊥ and its draws are rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, 6)).to(dtype)
+    site = gk.GrowthSite("0", "2", ("1",))
+    false = 0
+    for draw in range(20):
+        g = torch.Generator().manual_seed(draw)
+        x, v = (torch.randn(48, width, generator=g).to(dtype) for width in (8, 6))
+        new = found(model, site, x, v, method)
+        assert (new.noise == float("inf")) == (hidden + 1 > 0.95 * 48)
+        false += len(new) > 0
+    assert false == 0
+
+
+@pytest.mark.parametrize("method", ["tiny", "fisher", "gradmax"])
+@pytest.mark.parametrize("hidden", [4, 12])
+def test_noise_gives_no_neurons_where_a_whole_kernel_expresses_most_of_it(hidden, method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, hidden, 3, padding=1), nn.Tanh(), nn.Conv2d(hidden, 4, 3, padding=1))
+    site = gk.GrowthSite("0", "2", ("1",))
+    false = 0
+    for draw in range(DRAWS):
+        g = torch.Generator().manual_seed(draw)
+        x, v = torch.randn(8, 3, 4, 4, generator=g), torch.randn(8, 4, 4, 4, generator=g)
+        false += len(found(model, site, x, v, method)) > 0
+    assert false <= 0.02 * DRAWS
+
+
 @pytest.mark.parametrize("method", ["tiny", "joint", "fisher"])
 def test_a_planted_signal_is_found_with_its_rank(method):
     torch.manual_seed(0)
@@ -129,3 +161,41 @@ def test_noise_is_that_of_the_draws_with_what_they_lost_given_back(method):
         tops = torch.linalg.matrix_norm(m.null, 2) / kept
     expected = tops.mean() * (1 + 1e-6) + 5 * tops.std()
     assert gk.solve(m, method=method).noise == pytest.approx(expected.item(), rel=1e-7)
+
+
+def trained(model, x, y):
+    """A network at a minimum of its mean squared error."""
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=300, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.mse_loss(model(x), y)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return model
+
+
+@pytest.fixture(scope="module")
+def students():
+    """Networks of some widths that have learned from one of width 4, and noise on what it says."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    for parameter in teacher.parameters():
+        parameter.data.mul_(2)
+    x = torch.randn(2000, 8, dtype=torch.float64)
+    y = teacher(x).detach() + 0.3 * torch.randn(2000, 3, dtype=torch.float64)
+    start = {width: nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)).double() for width in (2, 4, 16)}
+    models = {width: trained(model, x, y) for width, model in start.items()}
+    site = gk.GrowthSite("0", "2", ("1",))
+    return {width: gk.collect(model, [site], [(x, y)], F.mse_loss)["0"] for width, model in models.items()}
+
+
+@pytest.mark.parametrize("method", ["tiny", "joint", "fisher", "gradmax"])
+def test_a_trained_network_gets_neurons_only_where_it_is_narrower_than_what_it_learns(students, method):
+    counts = {width: len(gk.solve(moments, method=method)) for width, moments in students.items()}
+    assert counts[2] > 0
+    assert counts[4] == counts[16] == 0
