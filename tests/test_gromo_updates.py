@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +121,19 @@ def test_wide_moments(rows: int, smallest: float) -> None:
     with accelerate():
         found = growing_module.compute_optimal_added_parameters(s, single, **options)
     assert_same_neurons(found, tuple(each.float() for each in expected), 1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory")
+def test_a_wide_moment_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a few neurons of a moment in single precision take beyond it: one factor, and what is small beside it."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
+    clock = importlib.import_module("clock").Clock("cpu")
+    s = torch.eye(2048) + torch.full((2048, 2048), 0.5)
+    n = torch.randn(2048, 4)
+    with accelerate():
+        growing_module.compute_optimal_added_parameters(s[:64, :64], n[:64])  # loads what is loaded once
+        _, peak = clock.memory(lambda: growing_module.compute_optimal_added_parameters(s, n))
+    assert peak < 1.3 * 8 * s.numel()
 
 
 @pytest.mark.parametrize("fisher", [False, True])
