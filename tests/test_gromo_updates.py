@@ -103,8 +103,7 @@ def test_singular_values_over_many_orders() -> None:
     torch.testing.assert_close(directions @ directions.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("smallest", [1e-2, 2e-6, 5e-7])
-@pytest.mark.parametrize("rows", [520, 1100])
+@pytest.mark.parametrize(("rows", "smallest"), [(520, 1e-2), (520, 2e-6), (520, 5e-7), (1100, 1e-2)])
 def test_wide_moments(rows: int, smallest: float) -> None:
     """Few neurons of a wide target; an eigenvalue well above, just above and below the threshold of 1e-6."""
     torch.manual_seed(0)
