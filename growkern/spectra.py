@@ -10,6 +10,8 @@ from torch import Tensor
 from growkern import ops
 
 _RESIDUAL = 5e-9  # of TᵀT, relative to the geometric mean of the wanted eigenvalue and the largest
+_VECTORS = 4  # of a basis, at least, for each singular value that it has to find
+_PATIENCE = 2**14  # over the square of a matrix's rows: vectors before slow convergence counts
 _CONDITION_STEPS = 4  # of Lanczos' method: conditions from 0.6 of the true ones on, from 0.95 near singular moments
 BLOCK = 16  # columns of a step of block Lanczos
 WIDE = 512  # rows of a matrix, from which on a few singular values cost less by Lanczos' method
@@ -42,7 +44,7 @@ def top_singular(
         None where this would not pay: many are wanted, or they converge slowly.
     """
     *lead, s, block = start.shape
-    fresh, before = torch.linalg.qr(start.view(s, block))[0], 1.0
+    fresh, steps, look, before = torch.linalg.qr(start.view(s, block))[0], 0, 2, (0, 1.0)
     basis, projected = fresh[:, :0], fresh.new_zeros(0, 0)
     while basis.shape[1] < s // 3:
         basis = torch.cat([basis, fresh], 1)
@@ -51,19 +53,19 @@ def top_singular(
         image = image - basis @ along
         fresh, rest = torch.linalg.qr(image - basis @ (basis.mT @ image))
         projected = torch.cat([torch.nn.functional.pad(projected, (0, 0, 0, block)), along], 1).triu()
-        steps = basis.shape[1] // block
-        if steps % 2 and steps != 5:  # to look takes time too
+        steps += 1
+        if steps < look:  # to look takes time too
             continue
+        look = max(steps + (2 if steps == 2 else 1), steps * 5 // 4)
         w, vectors = ops.eigh(projected.mT)  # of which the lower triangle counts
         w, vectors = w.flip(0), vectors.flip(1)
         beyond = rest @ vectors[-block:]  # TᵀT basis vectors = basis vectors w + fresh beyond
         residuals = beyond.norm(dim=0)
         count = min(most, int((w > above**2).sum()))
-        early = steps < 4  # to tell that it will not pay
-        if count > len(w) // 2:
-            if early:
-                continue
+        if _VECTORS * count > s // 3:
             return None
+        if count == len(w):
+            continue
         if count >= block and bool((w[: count - block + 1] - w[block - 1 : count] <= 1e-6 * w[0]).any()):
             return None  # a block finds as many equal values as it has columns, and there may be more
         others_below = count == most or bool(w[count] + residuals[count] <= above**2)
@@ -72,12 +74,12 @@ def top_singular(
         if others_below and worst <= _RESIDUAL:
             found = basis @ vectors[:, :count] + fresh @ (beyond[:, :count] / w[:count])  # one power further
             return w[:count].sqrt().view(*lead, -1), found.view(*lead, s, -1)
-        if steps % 2:
-            continue
-        left = (s // 3 - basis.shape[1]) / (2 * block)
-        if not early and worst * (worst / before) ** left > _RESIDUAL:  # in a bulk of noise it is too slow to pay
+        rate = (worst / before[1]) ** (1 / (steps - before[0]))
+        left = s // 3 // block - steps
+        # In a bulk of noise it is too slow to pay; but beyond caches a whole decomposition costs much more.
+        if len(w) >= max(4 * block, s**2 // _PATIENCE) and worst * rate**left > _RESIDUAL:
             return None
-        before = worst or before
+        before = steps, worst or 1.0
     return None
 
 
