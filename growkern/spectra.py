@@ -174,7 +174,7 @@ def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor
     Parameters
     ----------
     a, lower : Tensor
-        (..., n, n) and its Cholesky factor.
+        (..., n, n), in whatever precision, and its Cholesky factor in float64.
     scale : Tensor
         Diagonal of S (..., n).
 
@@ -190,9 +190,9 @@ def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor
     def both(q: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(lower, down * q[..., 1:], upper=False)
         inverse = torch.linalg.solve_triangular(lower.mT, half, upper=True)  # cholesky_solve copies a batch's factor
-        return torch.cat([up * (a @ (up * q[..., :1])), down * inverse], -1)
+        return torch.cat([up * (a @ (up * q[..., :1]).to(a.dtype)), down * inverse], -1)
 
-    start = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device).mul(2.4).cos()[:, None] * (up > 0)
+    start = torch.arange(a.shape[-1], dtype=lower.dtype, device=a.device).mul(2.4).cos()[:, None] * (up > 0)
     new = torch.cat([start, start], -1)
     old, length = torch.zeros_like(new), new.norm(dim=-2, keepdim=True)
     diagonal, below = [], []
