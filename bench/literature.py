@@ -1,6 +1,7 @@
-"""Methods of the literature side by side: GradMax's teacher and student, and Fashion-MNIST.
+"""Methods of the literature side by side: GradMax's teacher and student, and Fashion-MNIST; and where growing stops.
 
 usage: python bench/literature.py teacher-student [--seeds N]
+       python bench/literature.py stopping [--seeds N]
        python bench/literature.py fashion-mnist --data-root DIR [--seeds N] [--runs DIR]
 
 A row is kept in bench/results/literature as soon as its run has ended, and rows that are there are not made again, so
@@ -36,6 +37,9 @@ GROWTH = range(200, 1001, 200)
 ACTIVATIONS: dict[str, tuple[type[nn.Module], int]] = {"tanh": (nn.Tanh, 1), "relu": (nn.ReLU, 2)}
 STUDENTS = ("gradmax", "random", "tiny", "joint", SMALL)
 
+# Students of one unit that grow by neurons="auto", at a minimum before and after each growth, until they get none.
+TEACHERS, ROWS, NOISE, UNSEEN = (2, 4, 8), (1000, 4000, 16000), 0.3, 10000
+
 # As the MLP of examples/compare.py, with two fifths of its compute: about half a minute for each run.
 PLAN: Row = {
     "dataset": "fashion-mnist", "model": "mlp", "width": 4, "neurons": "4", "schedule": "every:2", "where": "all",
@@ -43,6 +47,7 @@ PLAN: Row = {
     "weight_decay": 0.3, "threads": 1,
 }  # fmt: skip
 METHODS = ("tiny", "joint", "gradmax", "fisher", "random", FIXED)
+VALUES = {"teacher-student": "loss", "stopping": "width", "fashion-mnist": "accuracy"}
 
 
 def taught(activation: str, method: str, seed: int, samples: int = SAMPLES) -> float:
@@ -78,6 +83,54 @@ def students(seeds: int) -> Iterator[Job]:
                 yield key, lambda key=key: {"loss": taught(**key)}  # type: ignore[misc]
 
 
+def settled(student: nn.Sequential, x: torch.Tensor, y: torch.Tensor) -> nn.Sequential:
+    """The student, at a minimum of its squared error."""
+    optimizer = torch.optim.LBFGS(
+        student.parameters(), max_iter=400, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12
+    )
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        value = F.mse_loss(student(x), y)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value.item()
+
+    optimizer.step(loss)
+    return student
+
+
+def stopped(teacher: int, samples: int, seed: int, unseen: int = UNSEEN) -> Row:
+    """Widths of a student that grows as long as neurons stand above chance; mean squared errors to the teacher."""
+    torch.manual_seed(seed)
+
+    def network(hidden: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, 3)).double()
+
+    says, x = network(teacher), torch.randn(samples + unseen, 8, dtype=torch.float64)
+    for parameter in says.parameters():
+        parameter.data.mul_(2)
+    wanted = says(x).detach()
+    heard = (wanted + NOISE * torch.randn_like(wanted))[:samples]
+    batches = list(zip(x[:samples].chunk(8), heard.chunk(8), strict=True))
+
+    def error(student: nn.Sequential) -> float:
+        return F.mse_loss(student(x[samples:]), wanted[samples:]).item()
+
+    grown, widths = settled(network(1), x[:samples], heard), [1]
+    while gk.Grower(grown, torch.optim.SGD(grown.parameters(), RATE), F.mse_loss).step(batches).neurons:
+        widths.append(settled(grown, x[:samples], heard)[0].out_features)
+    fixed = settled(network(teacher), x[:samples], heard)
+    return {"widths": widths, "width": widths[-1], "error": error(grown), "as wide as the teacher": error(fixed)}
+
+
+def stops(seeds: int) -> Iterator[Job]:
+    for seed in range(seeds):
+        for samples in ROWS:
+            for teacher in TEACHERS:
+                key = {"teacher": teacher, "samples": samples, "seed": seed}
+                yield key, lambda key=key: stopped(**key)  # type: ignore[misc]
+
+
 def trained(method: str, seed: int, data_root: str, folder: Path) -> Row:
     """Accuracy on the test images of a network that was trained by `PLAN`."""
     own: Row = {"seed": seed, "data_root": data_root, "method": "none" if method == FIXED else method}
@@ -101,27 +154,34 @@ def fashion(seeds: int, data_root: str, folder: Path) -> Iterator[Job]:
 
 
 def summary(rows: list[Row], value: str) -> list[str]:
-    """One line for each method: the mean over seeds and its 95% interval."""
+    """One line for each method, or teacher and number of samples: the mean over seeds and its 95% interval."""
+
+    def kind(row: Row) -> str:
+        return " ".join(str(row[name]) for name in ("activation", "method", "teacher", "samples") if name in row)
+
     lines = []
-    for name in dict.fromkeys((row.get("activation", ""), row["method"]) for row in rows):
-        values = [row[value] for row in rows if (row.get("activation", ""), row["method"]) == name]
+    for name in dict.fromkeys(map(kind, rows)):
+        values = [row[value] for row in rows if kind(row) == name]
         centre, half = statistics.mean(values), float("nan")
         if len(values) > 1:
             half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-        lines.append(f"{' '.join(name).strip()}: {value} {centre:.4g} ± {half:.2g}, {len(values)} seeds")
+        lines.append(f"{name}: {value} {centre:.4g} ± {half:.2g}, {len(values)} seeds")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("teacher-student", "fashion-mnist"))
+    parser.add_argument("what", choices=tuple(VALUES))
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--runs", type=Path, default=Path("runs/literature"), help="folder for the runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    teaching = args.what == "teacher-student"
-    jobs = students(args.seeds or 10) if teaching else fashion(args.seeds or 5, args.data_root, args.runs)
+    jobs = {
+        "teacher-student": students(args.seeds or 10),
+        "stopping": stops(args.seeds or 10),
+        "fashion-mnist": fashion(args.seeds or 5, args.data_root, args.runs),
+    }[args.what]
     path = RESULTS / f"{args.what}.json"
     rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,11 +191,11 @@ def main() -> None:
         rows.append(key | job())
         print(rows[-1], flush=True)
         facts = {"command": f"python bench/literature.py {args.what}", "torch": torch.__version__}
-        facts |= {} if teaching else {"plan": PLAN}
+        facts |= {"plan": PLAN} if args.what == "fashion-mnist" else {}
         written = path.with_suffix(".new")
         written.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
         written.replace(path)
-    print("\n".join(summary(rows, "loss" if teaching else "accuracy")))
+    print("\n".join(summary(rows, VALUES[args.what])))
 
 
 if __name__ == "__main__":

@@ -296,7 +296,8 @@ class Grower:
             if not any(self._room(m) is None or self._room(m) for m in moments.values()):
                 return name, found[name], "the budget of parameters or neurons is spent"
             above = "no neuron stands above chance" if self._neurons == "auto" else "no direction is left to add"
-            return name, found[name], above
+            few = any(new.noise == math.inf for new in found.values())
+            return name, found[name], above + "; some have more units than samples can tell apart" * few
         if self.when == "pays":
             paying = [n for n, new in found.items() if len(new) and _pays(moments[n], new)]
             if not paying:

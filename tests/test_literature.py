@@ -10,13 +10,21 @@ import pytest
 pytest.importorskip("scipy", reason="scipy is not installed")
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
-from literature import SMALL, summary, taught
+from literature import SMALL, stopped, summary, taught
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_student_that_grows_learns_what_a_small_one_cannot() -> None:
     grown, small = (taught("relu", method, seed=0, samples=200) for method in ("gradmax", SMALL))
     assert grown < 0.1 * small
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_growing_stops_at_the_width_of_the_teacher() -> None:
+    found = stopped(teacher=2, samples=4000, seed=0, unseen=2000)
+    assert found["widths"] == sorted(set(found["widths"]))
+    assert found["width"] == 2
+    assert found["error"] < 0.01
 
 
 def test_summary() -> None:
