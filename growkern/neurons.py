@@ -235,9 +235,8 @@ def _solve(
         values = values.repeat_interleave(2, dim=1)
     tensors = {"alpha": alpha, "omega": omega, "singular_values": values, "best_update": update.mT}
     if m.x_mean is not None and m.x_second is not None:
-        tensors["mean"] = (alpha @ m.x_mean[..., None]).squeeze(-1)
-        square = (times(alpha, m.x_second) * alpha).sum(2)
-        tensors["variance"] = (square - tensors["mean"].square()).clamp_min(0)
+        mean, second = (alpha @ m.x_mean[..., None]).squeeze(-1), (times(alpha, m.x_second) * alpha).sum(2)
+        tensors |= {"mean": mean, "variance": (second - mean.square()).clamp_min(0)}
     facts = {"bottleneck": bottleneck, "reachable": reachable, "removed": removed, "gain": gain}
     facts["rank"] = m.numbers([each.xx.shape[0] for each in m.parts]) if x is None else x.rank
     facts["condition"] = torch.ones_like(power) if x is None else x.condition
