@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from growkern.spectra import dominant
+from growkern.whitening import times
 
 
 @pytest.mark.parametrize("decay", [0.0, 2.0])
@@ -28,3 +29,9 @@ def test_columns_of_a_rounded_moment_span_all_that_stands_above_the_cut(decay):
 def test_wide_moments_of_nothing_or_no_number_come_to_an_end(value):
     a = torch.full((600, 600), value, dtype=torch.float64)
     assert not dominant(a, torch.tensor(0.0))[0].gt(0).any()
+
+
+def test_products_with_float32_moments_are_those_of_float64():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 600, 40, generator=g), torch.randn(2, 3, 600, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(times(b, a), b @ a.double(), rtol=1e-12, atol=1e-12)
