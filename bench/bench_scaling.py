@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import peer
 import pytest
 import torch
 from bench_moments import measure
@@ -24,7 +25,7 @@ def sites(size: str, device: str) -> Iterator[Any]:
 @pytest.mark.later(1)
 @pytest.mark.rows.with_args(maps)
 def test_maps(case: Case, race: Race, device: str) -> None:
-    measure(case, torch.float32, "ieee", race, device)
+    measure(case, torch.float32, "ieee", race, device, 0.1 * peer.LIMIT[device])
 
 
 @pytest.mark.later(1)

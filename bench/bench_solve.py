@@ -22,7 +22,7 @@ import growkern as gk
 NEURONS = 8
 TOLERANCE = 1e-6  # of the neurons' product, which neighbouring singular values make sensitive
 WIDTHS = (577, 1153, 2305, 4609)
-USERS = {"cpu": 2305, "cuda": 4609}  # widest p at which a full SVD is waited for
+USERS = {"cpu": 2305, "cuda": 4609}  # widest p at which a full SVD is waited for without `--patience`
 
 
 def rows(size: str, device: str) -> Iterator[Any]:
@@ -93,21 +93,24 @@ def described(name: str, device: str) -> dict[str, Any]:
 
 
 @pytest.mark.rows.with_args(rows)
-def test_one_site(width: int, race: Race, device: str) -> None:
+def test_one_site(width: int, race: Race, device: str, patience: bool) -> None:
     m = site(width, width, (width - 1) // 9, 9, device)
+    ways, left_out = ways_of(m, patience or width <= USERS[device])
+    expected = best(m, NEURONS)
+    race(described(f"p = {width}", device), ways, lambda out: error(out, expected), left_out=left_out)
+
+
+def ways_of(m: gk.Moments, full_svd: bool) -> tuple[list[Way], dict[str, str]]:
+    """How to solve one site, and what is left out."""
     ways = [
         Way("solve", "growkern", lambda: ours(gk.solve(m, neurons=NEURONS)), TOLERANCE),
         Way("Cholesky, Gram eigh", "pytorch", lambda: best(m, NEURONS), TOLERANCE),
         Way("Cholesky, svd_lowrank", "pytorch", lambda: randomized(m, NEURONS), TOLERANCE),
     ]
-    left_out = {}
-    for name, kind, run in (("eigh, SVD", "users", users), ("gromo", "gromo", gromo)):
-        if width <= USERS[device]:
-            ways.append(Way(name, kind, lambda run=run: run(m, NEURONS), TOLERANCE))
-        else:
-            left_out[name] = "a full SVD takes minutes"
-    expected = best(m, NEURONS)
-    race(described(f"p = {width}", device), ways, lambda out: error(out, expected), left_out=left_out)
+    slow = (("eigh, SVD", "users", users), ("gromo", "gromo", gromo))
+    if not full_svd:
+        return ways, {name: "a full SVD takes minutes" for name, _, _ in slow}
+    return [*ways, *(Way(name, kind, lambda run=run: run(m, NEURONS), TOLERANCE) for name, kind, run in slow)], {}
 
 
 def test_many_sites(race: Race, device: str) -> None:

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, help="seconds for the times of one row")
     group.addoption("--rounds", type=int, help="most rounds of a row")
     group.addoption("--seconds", type=float, default=float("inf"), help="start no row after this time")
+    group.addoption("--patience", action="store_true", help="wait for others' ways that take minutes a call, once each")
     group.addoption("--results", type=Path, default=results.RESULTS, help="where a folder of this machine is written")
 
 
@@ -62,6 +63,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     return request.config.option.device
+
+
+@pytest.fixture(scope="session")
+def patience(request: pytest.FixtureRequest) -> bool:
+    return request.config.option.patience
 
 
 @pytest.fixture(scope="session")

@@ -25,14 +25,14 @@ SWITCH = "GROWKERN_GROMO_SUITE"
 
 def pytest_configure() -> None:
     """Prepare a process of the suite, which loads this file as a plugin."""
-    _define_torchvision_ops()
+    define_torchvision_ops()
     if os.environ[SWITCH] == "on":
         from growkern.gromo import accelerate
 
         accelerate()
 
 
-def _define_torchvision_ops() -> None:
+def define_torchvision_ops() -> None:
     """Let torchmetrics import a torchvision whose compiled ops were built for another torch."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:

@@ -7,7 +7,7 @@ from cases import Case, Conv2dCase, LinearCase
 from torch import Tensor
 
 NAMES = ("tensor_s_growth", "cross_covariance", "tensor_m_prev", "tensor_s", "tensor_m", "covariance_loss_gradient")
-LIMIT = {"cpu": 2e12, "cuda": 1e14}  # operations beyond which gromo is left out
+LIMIT = {"cpu": 2e12, "cuda": 1e14}  # operations beyond which gromo is left out without `--patience`
 
 
 def statistics(case: Case, args: tuple[Tensor, ...]) -> Any:

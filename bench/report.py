@@ -176,7 +176,9 @@ def plot(folder: Path) -> None:
 # What documents quote ---------------------------------------------------------------------------------------
 
 
-def machine_tables(head: list[str], lines: Callable[[dict[str, Row]], list[tuple[Row, list[str]]]]) -> str:
+def machine_tables(
+    head: list[str], lines: Callable[[dict[str, Row]], list[tuple[Row, list[str]]]], command: str = "make bench"
+) -> str:
     """A table for every machine on which the suite ran, under its name and the conditions of the last of its rows."""
     text = []
     for folder in results.machines():
@@ -193,7 +195,7 @@ def machine_tables(head: list[str], lines: Callable[[dict[str, Row]], list[tuple
         told = f"{machine}, torch {run['versions']['torch']}, {run['at'][:10]}, load average {run['load average']}"
         told += f" at the start\n([all rows]({{prefix}}bench/results/{folder.name}))"
         text.append(f"{told}:\n\n{table(head, [cells for _, cells in found])}")
-    return "\n".join(text) or "No results yet: `make bench`.\n"
+    return "\n".join(text) or f"No results yet: `{command}`.\n"
 
 
 def timed(row: Row) -> bool:
@@ -278,8 +280,28 @@ def drop_in(rows: dict[str, Row]) -> list[tuple[Row, list[str]]]:
     return found
 
 
+EXAMPLES = ["example", "gromo, ms", "accelerated, ms", "ratio", "the whole script, s", "last loss"]
+
+
+def examples(rows: dict[str, Row]) -> list[tuple[Row, list[str]]]:
+    """Statistics and updates of gromo's own example scripts, as they are and accelerated."""
+    found = []
+    for row in rows.values():
+        if row["op"] == "gromo_example":
+            own, gromo = row["ways"]
+            parts = [f"{digits(way['statistics, ms'])} + {digits(way['updates, ms'])}" for way in (gromo, own)]
+            ends = [f"{gromo[key] * scale:.4g} / {own[key] * scale:.4g}" for key, scale in ENDS]
+            found.append((row, [f"`{row['case']}`", *parts, spread(best(row, own, "gromo")), *ends]))
+    return found
+
+
+ENDS = (("all, ms", 1e-3), ("loss", 1))
 # Tables that follow the rows of an op.
-SUMMARIES = {"growth_step": (STEPS, steps), "growth_beside_an_epoch": (EPOCHS, epochs)}
+SUMMARIES = {
+    "growth_step": (STEPS, steps),
+    "growth_beside_an_epoch": (EPOCHS, epochs),
+    "gromo_example": (EXAMPLES, examples),
+}
 
 
 def growth() -> str:
@@ -309,6 +331,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "steps": lambda: machine_tables(STEPS, steps),
     "epochs": lambda: machine_tables(EPOCHS, epochs),
     "drop_in": lambda: machine_tables(DROP_IN, drop_in),
+    "examples": lambda: machine_tables(EXAMPLES, examples, "python bench/gromo_examples.py FOLDER"),
     "growth": growth,
 }
 

@@ -181,3 +181,23 @@ def test_every_way_has_its_own_operations(bench: Callable[[str], ModuleType]) ->
     work = bench("work")
     (case,) = (each for each in cases("conv2d_moments", size="bench") if each.name == "64ch 32² B=128-full")
     assert 61 < work.operations(case) / (2 * 64**2 * 128 * 32**2) * 1.05 < 66
+
+
+def test_patience_brings_slow_ways_in(bench: Callable[[str], ModuleType], pytestconfig: pytest.Config) -> None:
+    pytest.importorskip("gromo", reason="gromo is not installed: pip install gromo==0.1.0")
+    for marker in ("rows", "later"):
+        pytestconfig.addinivalue_line("markers", f"{marker}: of the suite")
+    moments, solve, peer = bench("bench_moments"), bench("bench_solve"), bench("peer")
+    (case,) = (each for each in cases("conv2d_moments") if each.name == "3×3-full")
+    args, _ = case.arguments(torch.float32)
+    for limit, brought_in in ((peer.operations(case) - 1, False), (math.inf, True)):
+        ways: list[Any] = []
+        left_out = moments.add_gromo(ways, case, args, limit, 1.0)
+        assert ([way.name for way in ways], "gromo" in left_out) == (["gromo"] * brought_in, not brought_in)
+    m = solve.site(37, 37, 4, 9, "cpu")
+    few, left_out = solve.ways_of(m, full_svd=False)
+    every, nothing = solve.ways_of(m, full_svd=True)
+    assert {way.name for way in few} | left_out.keys() == {way.name for way in every}
+    assert not nothing
+    for way in every:
+        assert error(way.run(), solve.best(m, solve.NEURONS)) < way.tolerance

@@ -9,6 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import gromo_containers
+import gromo_examples
 import report
 import steps
 from pytorch_step import PyTorchStep
@@ -63,3 +64,47 @@ def test_tables_of_steps() -> None:
     rows = {"net": {"op": "growth_beside_an_epoch", "epoch": 200, "ways": ways, **described}}
     ((_, line),) = report.epochs(rows)
     assert line == ["net", "8", "160", "5% (4–6.25%)"]
+
+
+SCRIPT = """
+import torch
+from helpers.sizes import ROWS
+from gromo.modules.linear_growing_module import LinearGrowingModule
+
+first = LinearGrowingModule(6, 4, post_layer_function=torch.nn.Identity())
+second = LinearGrowingModule(4, 3, previous_module=first)
+net, x = torch.nn.Sequential(first, second), torch.randn(ROWS, 6)
+
+def loss():
+    return (net(x) - x[:, :3].sin()).square().sum()
+
+print(f"Initial error: {loss():.6e}, of {ROWS} rows")
+second.init_computation()
+loss().backward()
+second.update_computation()
+second.compute_optimal_updates(maximum_added_neurons=1)
+second.scaling_factor = 0.1
+second.apply_change()
+print("Test Loss:", float(loss()))
+"""
+
+
+def test_examples_of_gromo(tmp_path: Path) -> None:
+    """A script that grows linearly, so that signs of neurons do not show, ends alike in both ways."""
+    pytest.importorskip("gromo", reason="gromo is not installed: pip install gromo==0.1.0")
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "helpers" / "sizes.py").write_text("ROWS = 50")
+    (tmp_path / "grow.py").write_text(SCRIPT)
+    row = gromo_examples.measured(tmp_path / "grow.py", rounds=1)
+    own, gromo = row["ways"]
+    assert own["error"] < 1e-4
+    assert 0 < gromo["loss"] == pytest.approx(own["loss"], rel=1e-4)
+    for way in (own, gromo):
+        assert 0 < way["statistics, ms"] < way["all, ms"]
+        assert way["ms"] == pytest.approx(way["statistics, ms"] + way["updates, ms"], rel=1e-3)
+    assert own["over"]["gromo"][0] == pytest.approx(gromo["ms"] / own["ms"], rel=1e-2)
+    ((_, line),) = report.examples({"grow": row})
+    assert line[0] == "`grow`"
+    assert line[1].count(" + ") == line[2].count(" + ") == 1
+    told = "Step 3, Test Loss: 4.58 (-0.01)\nNew error: 4.0e-02\nScaling factor: 0.5, Loss: 1.25\n  val_loss=7.5"
+    assert [float(loss) for loss in gromo_examples.LOSS.findall(told)] == [4.58, 0.04, 1.25, 7.5]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +101,38 @@ def test_singular_values_over_many_orders() -> None:
     torch.testing.assert_close(found[2].double(), expected[2], rtol=1e-5, atol=0)
     directions = found[0].double() / found[2].double().sqrt()[:, None]
     torch.testing.assert_close(directions @ directions.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "smallest"), [(520, 1e-2), (520, 2e-6), (520, 5e-7), (1100, 1e-2)])
+def test_wide_moments(rows: int, smallest: float) -> None:
+    """Few neurons of a wide target; an eigenvalue well above, just above and below the threshold of 1e-6."""
+    torch.manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))[0]
+    w = torch.linspace(1, 2, rows, dtype=torch.float64)
+    w[0] = smallest
+    s = (rotation * w) @ rotation.T
+    real = torch.randn(rows, 6, dtype=torch.float64), torch.randn(6, 520, dtype=torch.float64)
+    n = torch.randn(rows, 520, dtype=torch.float64) + (real[0] * torch.arange(3, 9)) @ real[1]
+    options = {"maximum_added_neurons": 5}
+    s = (s + s.T) / 2
+    expected = tools.compute_optimal_added_parameters(s, n, **options)
+    single = n.float()  # so that S is as exact as before
+    with accelerate():
+        found = growing_module.compute_optimal_added_parameters(s, single, **options)
+    assert_same_neurons(found, tuple(each.float() for each in expected), 1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory")
+def test_a_wide_moment_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a few neurons of a moment in single precision take beyond it: one factor, and what is small beside it."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
+    clock = importlib.import_module("clock").Clock("cpu")
+    s = torch.eye(2048) + torch.full((2048, 2048), 0.5)
+    n = torch.randn(2048, 4)
+    with accelerate():
+        growing_module.compute_optimal_added_parameters(s[:64, :64], n[:64])  # loads what is loaded once
+        _, peak = clock.memory(lambda: growing_module.compute_optimal_added_parameters(s, n))
+    assert peak < 1.3 * 8 * s.numel()
 
 
 @pytest.mark.parametrize("fisher", [False, True])

@@ -57,7 +57,10 @@ def need(condition: bool) -> None:
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Bring floating-point tensors of one device to one dtype."""
-    need(all(t.dtype in _FLOATS and t.device == tensors[0].device for t in tensors))
+    first = tensors[0]
+    need(all(t.dtype in _FLOATS and t.device == first.device for t in tensors))
+    if all(t.dtype == first.dtype for t in tensors):
+        return tensors
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return tuple(t.to(dtype) for t in tensors)
 
