@@ -22,8 +22,8 @@ from growkern.probe import LossFn
 from growkern.sites import GrowthSite, resolve
 from growkern.surgery import apply, trial
 
-# Amplitudes of the line search; the second grid is for when the first has none that lowers the loss.
-_GRIDS = tuple([sign * 4.0**k for k in powers for sign in (1, -1)] for powers in (range(-2, 3), (-3, -4)))
+# Amplitudes of the line search; each grid is for when those before have none that lowers the loss.
+_GRIDS = [[sign * 4.0**k for k in powers] for powers in (range(-2, 3), (-3, -4)) for sign in (1, -1)]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
 from growkern.stacks import Solution, Stack, solve_together
-from growkern.whitening import Factor, Whitened, by_row
+from growkern.whitening import Factor, Whitened, by_row, times
 
 _GRADMAX_START = 1e-3  # norm of the fan-in relative to existing units, where relu'(0) = 0 would leave 0 dead
 
@@ -223,7 +223,7 @@ def _solve(
 
     slope = m.numbers([each.slope * units for each in m.parts])
     linear = (alpha @ unreachable * omega.mT).sum((1, 2))  # ⟨Σ α ωᵀ, N⟩
-    removed = 2 * linear - ((alpha @ xx @ alpha.mT) * (omega.mT @ omega)).sum((1, 2))
+    removed = 2 * linear - ((times(alpha, xx) @ alpha.mT) * (omega.mT @ omega)).sum((1, 2))
     gain = slope * (alpha.to(m.xv.dtype) @ m.xv * omega.mT).sum((1, 2))  # to the rounding of what was measured
     gain = gain * m.numbers([each.count if each.reduction == "sum" else 1 for each in m.parts])
     if rule.schur and hh is not None:
@@ -235,9 +235,8 @@ def _solve(
         values = values.repeat_interleave(2, dim=1)
     tensors = {"alpha": alpha, "omega": omega, "singular_values": values, "best_update": update.mT}
     if m.x_mean is not None and m.x_second is not None:
-        tensors["mean"] = (alpha @ m.x_mean[..., None]).squeeze(-1)
-        square = (alpha @ m.x_second * alpha).sum(2)
-        tensors["variance"] = (square - tensors["mean"].square()).clamp_min(0)
+        mean, second = (alpha @ m.x_mean[..., None]).squeeze(-1), (times(alpha, m.x_second) * alpha).sum(2)
+        tensors |= {"mean": mean, "variance": (second - mean.square()).clamp_min(0)}
     facts = {"bottleneck": bottleneck, "reachable": reachable, "removed": removed, "gain": gain}
     facts["rank"] = m.numbers([each.xx.shape[0] for each in m.parts]) if x is None else x.rank
     facts["condition"] = torch.ones_like(power) if x is None else x.condition

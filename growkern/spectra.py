@@ -10,6 +10,9 @@ from torch import Tensor
 from growkern import ops
 
 _RESIDUAL = 5e-9  # of TᵀT, relative to the geometric mean of the wanted eigenvalue and the largest
+_VECTORS = 4  # of a basis, at least, for each singular value that it has to find
+_PIVOTS = 64  # features that a step of Cholesky's method takes at once
+_PATIENCE = 2**14  # over the square of a matrix's rows: vectors before slow convergence counts
 _CONDITION_STEPS = 4  # of Lanczos' method: conditions from 0.6 of the true ones on, from 0.95 near singular moments
 BLOCK = 16  # columns of a step of block Lanczos
 WIDE = 512  # rows of a matrix, from which on a few singular values cost less by Lanczos' method
@@ -42,7 +45,7 @@ def top_singular(
         None where this would not pay: many are wanted, or they converge slowly.
     """
     *lead, s, block = start.shape
-    fresh, before = torch.linalg.qr(start.view(s, block))[0], 1.0
+    fresh, steps, look, before = torch.linalg.qr(start.view(s, block))[0], 0, 2, (0, 1.0)
     basis, projected = fresh[:, :0], fresh.new_zeros(0, 0)
     while basis.shape[1] < s // 3:
         basis = torch.cat([basis, fresh], 1)
@@ -51,19 +54,19 @@ def top_singular(
         image = image - basis @ along
         fresh, rest = torch.linalg.qr(image - basis @ (basis.mT @ image))
         projected = torch.cat([torch.nn.functional.pad(projected, (0, 0, 0, block)), along], 1).triu()
-        steps = basis.shape[1] // block
-        if steps % 2 and steps != 5:  # to look takes time too
+        steps += 1
+        if steps < look:  # to look takes time too
             continue
+        look = max(steps + (2 if steps == 2 else 1), steps * 5 // 4)
         w, vectors = ops.eigh(projected.mT)  # of which the lower triangle counts
         w, vectors = w.flip(0), vectors.flip(1)
         beyond = rest @ vectors[-block:]  # TᵀT basis vectors = basis vectors w + fresh beyond
         residuals = beyond.norm(dim=0)
         count = min(most, int((w > above**2).sum()))
-        early = steps < 4  # to tell that it will not pay
-        if count > len(w) // 2:
-            if early:
-                continue
+        if _VECTORS * count > s // 3:
             return None
+        if count == len(w):
+            continue
         if count >= block and bool((w[: count - block + 1] - w[block - 1 : count] <= 1e-6 * w[0]).any()):
             return None  # a block finds as many equal values as it has columns, and there may be more
         others_below = count == most or bool(w[count] + residuals[count] <= above**2)
@@ -72,12 +75,12 @@ def top_singular(
         if others_below and worst <= _RESIDUAL:
             found = basis @ vectors[:, :count] + fresh @ (beyond[:, :count] / w[:count])  # one power further
             return w[:count].sqrt().view(*lead, -1), found.view(*lead, s, -1)
-        if steps % 2:
-            continue
-        left = (s // 3 - basis.shape[1]) / (2 * block)
-        if not early and worst * (worst / before) ** left > _RESIDUAL:  # in a bulk of noise it is too slow to pay
+        rate = (worst / before[1]) ** (1 / (steps - before[0]))
+        left = s // 3 // block - steps
+        # In a bulk of noise it is too slow to pay; but beyond caches a whole decomposition costs much more.
+        if len(w) >= max(4 * block, s**2 // _PATIENCE) and worst * rate**left > _RESIDUAL:
             return None
-        before = worst or before
+        before = steps, worst or 1.0
     return None
 
 
@@ -124,22 +127,45 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, steps: 
 
 def dominant(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a (..., n, n), at least all that stand above `cut` (...,)."""
-    # Few samples leave a wide moment few directions: a subspace that is a little larger then holds all of them, found
-    # by iterating on it, at a fraction of the cost of a full decomposition.
-    n = a.shape[-1]
-    size = 128
-    while a.shape[:-2].numel() == 1 and 4 * size <= n:
-        places = torch.arange(n * size, dtype=a.dtype, device=a.device).view(n, size)
-        basis, triangle = torch.linalg.qr(a.view(n, n) @ places.square().mul(0.7).cos())
-        size *= 2
-        if triangle.diagonal().abs().min() > cut * n**0.5:  # all of it counts: more does
-            continue
-        for _ in range(2):
-            basis = torch.linalg.qr(a.view(n, n) @ basis)[0]
-        w, vectors = ops.eigh(basis.mT @ (a.view(n, n) @ basis))
-        if w[0] < 0.01 * cut:  # it reaches beyond what counts, so that nothing that does is outside
-            return w.view(*a.shape[:-2], -1), (basis @ vectors).view(*a.shape[:-1], -1)
-    return ops.eigh(a)
+    n, lead = a.shape[-1], a.shape[:-2]
+    found = _of_columns(a.view(n, n), cut) if n >= WIDE and lead.numel() == 1 else None
+    return ops.eigh(a) if found is None else (found[0].view(*lead, -1), found[1].view(*lead, n, -1))
+
+
+def _of_columns(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Do what `dominant` does where up to n / 2 columns hold all of it, as with few samples; else None."""
+    # Cholesky's method finds such columns, those of the features with most left. They multiply what a was rounded by,
+    # so that only their span serves.
+    n = len(a)
+    columns, left = a[:, :0], a.diagonal().clone()
+    while True:
+        most, pivots = left.topk(_PIVOTS)
+        if most[0] <= 0.1 * cut:
+            break
+        fresh = a[pivots].mT - columns @ columns[pivots].mT
+        w, vectors = ops.eigh(fresh[pivots])
+        apart = w > 0.01 * most[0]  # of features that are alike, some wait for another turn
+        if columns.shape[1] > n // 2 - _PIVOTS or not apart.any():  # which NaN is not
+            return None
+        fresh = fresh @ (vectors[:, apart] * w[apart].rsqrt())
+        columns = torch.cat([columns, fresh], 1)
+        left -= fresh.square().sum(1)
+    for _ in range(3):
+        basis = torch.linalg.qr(columns)[0]
+        columns = a @ basis
+        w, vectors = ops.eigh(basis.mT @ columns)
+        found = columns @ vectors[:, kept := w > cut] / w[kept]
+        if float(_outside(basis, found).norm()) <= 1e-4:  # what found lacks of being orthonormal is the square of that
+            break
+    else:
+        return None
+    missed = largest_eigenvalue(lambda b: _outside(basis, a @ _outside(basis, b)), torch.ones_like(a[:, :1]), 8)
+    return (w[kept], found) if missed[0] <= 0.5 * cut else None  # little of each feature may be much of a direction
+
+
+def _outside(basis: Tensor, b: Tensor) -> Tensor:
+    """Project the columns of b away from the span of an orthonormal basis."""
+    return b - basis @ (basis.mT @ b)
 
 
 def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +174,7 @@ def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor
     Parameters
     ----------
     a, lower : Tensor
-        (..., n, n) and its Cholesky factor.
+        (..., n, n), in whatever precision, and its Cholesky factor in float64.
     scale : Tensor
         Diagonal of S (..., n).
 
@@ -164,9 +190,9 @@ def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor
     def both(q: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(lower, down * q[..., 1:], upper=False)
         inverse = torch.linalg.solve_triangular(lower.mT, half, upper=True)  # cholesky_solve copies a batch's factor
-        return torch.cat([up * (a @ (up * q[..., :1])), down * inverse], -1)
+        return torch.cat([up * (a @ (up * q[..., :1]).to(a.dtype)), down * inverse], -1)
 
-    start = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device).mul(2.4).cos()[:, None] * (up > 0)
+    start = torch.arange(a.shape[-1], dtype=lower.dtype, device=a.device).mul(2.4).cos()[:, None] * (up > 0)
     new = torch.cat([start, start], -1)
     old, length = torch.zeros_like(new), new.norm(dim=-2, keepdim=True)
     diagonal, below = [], []

@@ -16,7 +16,7 @@ from torch import Tensor
 from growkern.moments import Moments
 from growkern.whitening import LARGEST_PADDED, padded, rounded
 
-_AS_MEASURED = ("xv", "hh", "vv", "null", "null_h")  # read once, if at all: a copy would take longer
+_AS_MEASURED = ("xx", "xv", "hh", "vv", "null", "null_h", "x_second")  # read once: a copy takes longer, and memory
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Stack:
     def apart(self) -> Tensor:
         """Features of x that are not the ones that h has too, (B, p)."""
         p, q = (self.numbers([len(getattr(each, name)) for each in self.parts])[:, None] - 1 for name in ("xx", "hh"))
-        x_ones = self.xx.diagonal(dim1=1, dim2=2).gather(1, p.long())
+        x_ones = self.xx.diagonal(dim1=1, dim2=2).gather(1, p.long()).double()
         h_ones = self.hh.diagonal(dim1=1, dim2=2).gather(1, q.long()).double()
         shared = self.numbers([each.x_bias and each.h_bias for each in self.parts]).bool()[:, None]
         shared = shared & torch.isclose(x_ones, h_ones, rtol=1e-6)

@@ -55,15 +55,15 @@ class Factor:
         dtype: torch.dtype | None = None,
         by_eigenvectors: bool = False,
     ) -> None:
-        moment_dtype, a = dtype or a.dtype, a.double()
-        diagonal = a.diagonal(dim1=-2, dim2=-1) if diagonal is None else diagonal.double()
+        moment_dtype = dtype or a.dtype
+        diagonal = (a.diagonal(dim1=-2, dim2=-1) if diagonal is None else diagonal).double()
         alive = diagonal > 0
         cut = relative_cut(alive.sum(-1), moment_dtype)  # (...,)
         scale = torch.where(alive, diagonal, 1).rsqrt() * alive  # (..., n)
         self._lower: Tensor | None = None
         if not by_eigenvectors:
             # What Cholesky's method rounds does not depend on units: it takes the moment as it is, but for zeros.
-            self._lower, info = torch.linalg.cholesky_ex(_filled(a, alive))
+            self._lower, info = _cholesky(a, alive)
             low, high = extreme_eigenvalues(a, self._lower, scale)
             self.sound = (info == 0) & (low > cut)
             self.rank = alive.sum(-1)
@@ -75,7 +75,7 @@ class Factor:
                 return
             self._lower = None
         self._scale = scale
-        scaled = (a * scale[..., None, :]).mul_(scale[..., :, None])
+        scaled = (a * scale[..., None, :]).mul_(scale[..., :, None])  # in float64, as scale is
         w, self._vectors = dominant(scaled, cut)  # (..., k), (..., n, k)
         kept = w > cut[..., None]
         self.sound = ~w.isnan().any(-1)
@@ -109,13 +109,22 @@ class Factor:
         return self.unwhiten(self.whiten(b))
 
 
-def _filled(a: Tensor, alive: Tensor) -> Tensor:
-    """Put 1 on the diagonal of features that are never seen, whose rows and columns are 0; a copy only if need be."""
-    if not a.is_cuda and bool(alive.all()):
-        return a
-    a = a.clone()
-    a.diagonal(dim1=-2, dim2=-1).add_((~alive).double())
-    return a
+def _cholesky(a: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor a moment in float64 in the memory of its copy, with 1 on the diagonal of features that are never seen."""
+    lower = a.to(torch.float64, copy=True).mT  # symmetric, by columns as LAPACK has it
+    lower.diagonal(dim1=-2, dim2=-1).add_(~alive)
+    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return lower, info
+
+
+def times(b: Tensor, a: Tensor) -> Tensor:
+    """Give b a in float64 for a moment a (..., n, m) of less, which is never held in float64 as a whole."""
+    out = b.new_zeros(*b.shape[:-1], a.shape[-1])
+    for start in range(0, a.shape[-2], LARGEST_PADDED):
+        rows = slice(start, start + LARGEST_PADDED)
+        out += b[..., rows] @ a[..., rows, :].double()
+    return out
 
 
 def least_squares(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
