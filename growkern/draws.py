@@ -11,7 +11,7 @@ from torch import Tensor
 
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
-_WIDE, _LEAST = 2**21, 8  # entries of N from which on classes are half as many, but for so many
+_WIDE, _LEAST = 2**21, 8  # entries of N from which on draws are half as many, but for so many
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
 _FEW = 2**22  # entries of N, for each row: to sum them up under some more signs takes less than some more calls
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
@@ -25,8 +25,7 @@ class Draws:
     Σ_j H_dj Q_j with a Hadamard matrix H of order J. The signs H_dj s_i of each draw are independent and uniform. Two
     draws are uncorrelated where classes are alike, as rows of H are orthogonal.
 
-    On wide sites there are half as many classes, so that calls are fewer and larger, and below H stands the same once
-    more with signs of its columns. Squares of correlations between draws of the two halves are 1/J in the mean.
+    On wide sites there are half as many draws: of memory they take the most, and calls are fewer and larger.
 
     Attributes
     ----------
@@ -37,14 +36,12 @@ class Draws:
     """
 
     def __init__(self, draws: int, entries: int, count: int, seed: int) -> None:
-        """Prepare for `draws` draws of N, of so many entries, from `count` rows, or images, that come in batches."""
-        self._draws, self._entries = draws, entries
+        """Prepare for draws of N, which has so many entries, from `count` rows, or images, that come in batches."""
+        self._draws = min(draws, max(draws // 2, _LEAST)) if entries > _WIDE else draws
+        self._entries = entries
         self._count, self._begun = count, 0
-        self.classes = 1 << (draws - 1).bit_length()
-        if entries > _WIDE and self.classes > _LEAST:
-            self.classes //= 2
+        self.classes = 1 << (self._draws - 1).bit_length()
         self.sums: dict[str, Tensor] = {}
-        self._memory: dict[str, Tensor] = {}
         self._signs = torch.Generator().manual_seed(seed)
 
     def parts(self, rows: int, run: int) -> Iterator[tuple[int, slice, Tensor]]:
@@ -82,21 +79,14 @@ class Draws:
         """Give where to add the sums of as many classes, of which the first is known by its number."""
         for name, value in (("null", null), ("null_h", null_h)):
             if name not in self.sums:
-                size = self.classes * (1 + (self._draws > self.classes))
-                self._memory[name] = value.new_empty(size, *value.shape[1:])
-                self.sums[name] = self._memory[name][: self.classes].zero_()
+                self.sums[name] = value.new_zeros(self.classes, *value.shape[1:])
         return [each[number : number + len(null)] for each in self.sums.values()]
 
     def made(self) -> dict[str, Tensor]:
         """Make the draws, (draws, p, r·offsets) and (draws, q, r), of the sums of all classes, in their memory."""
-        for name, memory in self._memory.items():
-            if len(memory) > self.classes:
-                halves = memory.flatten(1).split(self.classes)
-                torch.mul(halves[0], _columns(self.classes).to(memory)[:, None], out=halves[1])
-            for half in memory.split(self.classes):
-                transform(half)
-            self._memory[name] = memory[: self._draws]
-        return self._memory
+        for each in self.sums.values():
+            transform(each)
+        return {name: each[: self._draws] for name, each in self.sums.items()}
 
 
 def transform(sums: Tensor) -> None:
@@ -114,11 +104,6 @@ def transform(sums: Tensor) -> None:
             even += odd
             odd.mul_(-2).add_(even)
             half *= 2
-
-
-def _columns(classes: int) -> Tensor:
-    """Signs that make of columns of H what all rows are as far from as can be: a bent function, or a plateaued one."""
-    return torch.tensor([1 - 2 * ((j & (j >> 1) & 0x5555_5555).bit_count() % 2) for j in range(classes)])
 
 
 def rows_per_sign(rows: int, batch_size: int, count: int) -> int:

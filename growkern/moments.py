@@ -163,7 +163,7 @@ def collect(
     reduction : {"mean", "sum"}
         How the loss sums over its samples.
     null_draws : int
-        Draws of random signs for ``neurons="auto"``, two at least; 0 for none.
+        Draws of random signs for ``neurons="auto"``, two at least, half of them at wide sites; 0 for none.
     batch_dim : int
         Dimension of the batch in the inputs of the model and in token features: 1 where sequences come first.
     group : torch.distributed.ProcessGroup, optional

@@ -40,13 +40,8 @@ def sign_of_rows(draws: int, batches: list[int], run: int = 1, seed: int = 0) ->
 
 
 def sign_matrix(draws: int, classes: int) -> Tensor:
-    """Signs (draws, classes) of the sums of classes in each draw: of the bits that d and j share, then of j as well."""
-
-    def odd(d: int, j: int) -> int:
-        pairs = sum((j >> bit & 3) == 3 for bit in range(0, 32, 2))
-        return (d & j & (classes - 1)).bit_count() + (pairs if d >= classes else 0)
-
-    return torch.tensor([[(-1.0) ** odd(d, j) for j in range(classes)] for d in range(draws)], dtype=F64)
+    """Signs (draws, classes) of the sums of classes in each draw: of the bits that d and j share."""
+    return torch.tensor([[(-1.0) ** (d & j).bit_count() for j in range(classes)] for d in range(draws)], dtype=F64)
 
 
 @dataclasses.dataclass
