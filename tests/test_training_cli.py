@@ -310,7 +310,11 @@ def test_unexpected_errors_are_one_message_too(
 def test_control_c_ends_cleanly_and_can_be_resumed(place: Path) -> None:
     """The installed command, interrupted as a person would."""
     command = [str(Path(sys.executable).with_name("growkern")), "train", *QUICK[2:], "--epochs", "4000", "--out", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     metrics = place / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
