@@ -46,7 +46,7 @@ def site(p: int, q: int, r: int, offsets: int, device: str, seed: int = 0) -> gk
     x, h, v = x.to(device), h.to(device), v.to(device)
     short = v[:, :r]
     return gk.Moments(
-        site=gk.GrowthSite("0", "2", ("1",)), kernel="linear" if offsets == 1 else "full", count=n, positions=1,
+        site=gk.GrowthSite("0", "2", ("1",)), kernel="linear" if offsets == 1 else "full", count=n, samples=n,
         reduction="mean", slope=0.5, smooth=False, x_bias=True, h_bias=True, offsets=offsets, multiple=1,
         unit_parameters=p + r, unit_flops=p + r, fan_in_norm=1.0, fan_out_norm=1.0, xx=x.mT @ x / n,
         xv=x.mT @ v / n, hh=h.mT @ h / n, hv=h.mT @ short / n, vv=short.mT @ short / n,

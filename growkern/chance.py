@@ -59,8 +59,8 @@ def threshold(
 ) -> Tensor:
     """Singular value (B,) above which a direction stands out of what chance produces; arguments as for `tops`."""
     found = tops(moments, x, v, hh, bottleneck, project)
-    samples = moments.numbers([each.count * each.positions for each in moments.parts])
-    expressed = moments.numbers([len(each.hh) for each in moments.parts]) if hh is None else hh.rank
+    samples = moments.numbers([each.samples for each in moments.parts])
+    expressed = (moments.hh.diagonal(dim1=1, dim2=2) > 0).sum(1) if hh is None else hh.rank
     above = found.mean(1) * (1 + 1e-6) + deviations(found.shape[1]) * found.std(1)
     # Of about as many directions as samples h expresses any v, noise too, and v⊥ is rounding.
     return torch.where(expressed > (1 - LEAST_LEFT) * samples, torch.inf, above)

@@ -33,8 +33,8 @@ class Moments:
         The site they belong to.
     kernel : str
         "linear"; for convolutions "full" or "center".
-    count, positions, reduction : int, int, str
-        Images, or rows; samples of h in each; and how the loss sums over them.
+    count, samples, reduction : int, int, str
+        Images, or rows; samples of h in all of them; and how the loss sums over them.
     slope : float
         Mean one-sided derivative at 0 of what lies between the layers; `smooth` says whether both agree.
     x_bias, h_bias : bool
@@ -60,7 +60,7 @@ class Moments:
     site: GrowthSite
     kernel: str
     count: int
-    positions: int
+    samples: int
     reduction: str
     slope: float
     smooth: bool
@@ -114,7 +114,8 @@ class Moments:
             )
         share = self.count / (self.count + other.count)
         pooled: dict[str, Any] = {name: mine[name] * share + theirs[name] * (1 - share) for name in mine}
-        return dataclasses.replace(self, count=self.count + other.count, **pooled | {"update": self.update})
+        pooled |= {"samples": self.samples + other.samples, "update": self.update}
+        return dataclasses.replace(self, count=self.count + other.count, **pooled)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file, replaced as a whole or not at all."""
@@ -225,7 +226,7 @@ def _assemble(probe: Probe, count: int, reduction: str, sums: dict[str, Tensor],
         site=probe.site,
         kernel=probe.kernel,
         count=count,
-        positions=1 if probe.kernel == "linear" else probe.output_positions,
+        samples=round(count * probe.samples / probe.count),
         reduction=reduction,
         slope=between.slope,
         smooth=between.smooth,

@@ -73,8 +73,8 @@ class Probe:
     ----------
     kernel : str
         "linear", "full" or "center".
-    count : int
-        Images or rows of the calls so far.
+    count, samples : int
+        Images or rows of the calls so far, and samples of h in them.
     hidden_positions, output_positions : int
         Sizes of the producer's and the consumer's output maps; 1 for linear layers.
     """
@@ -86,7 +86,7 @@ class Probe:
             raise ValueError(
                 f"kernel: 'center' has no meaning for site {site.name!r}, whose consumer reads a whole map"
             )
-        self.count, self._batch_dim = 0, batch_dim
+        self.count, self.samples, self._batch_dim = 0, 0, batch_dim
         self.hidden_positions = self.output_positions = 1
         self._all_once = self.kernel == "linear" or (self.kernel == "center" and _reads_all_once(self.layers.consumer))
         self.forget()
@@ -192,6 +192,7 @@ class Probe:
     def calls(self) -> dict[str, Call]:
         """Count a batch, and give what to sum up: "moments", and "uniform" where that of a norm is not among them."""
         self.count += self.rows
+        self.samples += self.rows * (1 if self.kernel == "linear" else self.output_positions)
         calls = {"moments": Call(*self.operands, **self._flags | ({"x_bias": True} if self.needs_ones else {}))}
         if self.layers.between.norm is not None and not self.needs_ones:
             calls["uniform"] = self._uniform()

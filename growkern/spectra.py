@@ -150,17 +150,21 @@ def _of_columns(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor] | None:
         fresh = fresh @ (vectors[:, apart] * w[apart].rsqrt())
         columns = torch.cat([columns, fresh], 1)
         left -= fresh.square().sum(1)
-    for _ in range(3):
+    settled = False
+    for _ in range(4):
         basis = torch.linalg.qr(columns)[0]
         columns = a @ basis
         w, vectors = ops.eigh(basis.mT @ columns)
-        found = columns @ vectors[:, kept := w > cut] / w[kept]
-        if float(_outside(basis, found).norm()) <= 1e-4:  # what found lacks of being orthonormal is the square of that
+        kept = w > cut
+        if settled:  # and so is one power further
             break
+        settled = float(_outside(basis, columns @ vectors[:, kept] / w[kept]).norm()) <= 1e-4
     else:
         return None
     missed = largest_eigenvalue(lambda b: _outside(basis, a @ _outside(basis, b)), torch.ones_like(a[:, :1]), 8)
-    return (w[kept], found) if missed[0] <= 0.5 * cut else None  # little of each feature may be much of a direction
+    if missed[0] > 0.5 * cut:  # little of each feature may be much of a direction
+        return None
+    return w[kept], basis @ vectors[:, kept]
 
 
 def _outside(basis: Tensor, b: Tensor) -> Tensor:

@@ -98,6 +98,24 @@ def test_noise_gives_no_neurons_where_a_whole_kernel_expresses_most_of_it(hidden
     assert false <= 0.02 * DRAWS
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_units_that_are_dead_and_small_maps_leave_chance_to_tell(order):
+    """Ten of twelve units never fire: 73 directions of 433 in 400 samples; and some images are of one position."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(432, 4))
+    with torch.no_grad():
+        model[0].bias[2:] = -100
+    x = torch.randn(400, 3, 6, 6)
+    new = found(model, gk.GrowthSite("0", "3", ("1", "2")), x, torch.randn(400, 4), "tiny")
+    assert new.noise < float("inf")
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1))
+    batches = [(torch.randn(n, 3, s, s), torch.randn(n, 2, s, s)) for n, s in ((30, 16), (2, 1))][::order]
+    moments = gk.collect(model, [gk.GrowthSite("0", "2", ("1",))], batches, inner_product)["0"]
+    assert moments.samples == 30 * 16 * 16 + 2
+    assert gk.solve(moments).noise < float("inf")
+
+
 @pytest.mark.parametrize("method", ["tiny", "joint", "fisher"])
 def test_a_planted_signal_is_found_with_its_rank(method):
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from growkern.spectra import dominant
-from growkern.whitening import times
+from growkern.whitening import Factor, times
 
 
 @pytest.mark.parametrize("decay", [0.0, 2.0])
@@ -23,6 +23,18 @@ def test_columns_of_a_rounded_moment_span_all_that_stands_above_the_cut(decay):
     kept = vectors[:, w > cut]
     assert (kept.mT @ kept - torch.eye(int(above.sum()), dtype=torch.float64)).norm() < 1e-8
     assert (kept @ kept.mT - all_vectors[:, above] @ all_vectors[:, above].mT).norm() < 1e-8
+
+
+def test_weak_directions_of_a_double_moment_are_as_whole_as_strong_ones():
+    g = torch.Generator().manual_seed(0)
+    f64 = {"generator": g, "dtype": torch.float64}
+    weak = torch.linalg.qr(torch.randn(512, 5, **f64))[0].mT
+    x = torch.randn(2000, 30, **f64) @ torch.randn(30, 512, **f64) / 30**0.5
+    x += 1e-6 * torch.randn(2000, 5, **f64) @ weak * 512**0.5
+    factor = Factor(x.mT @ x / 2000, by_eigenvectors=True)
+    white = factor.whiten(factor.whiten(x.mT @ x / 2000).mT)
+    assert factor.rank == 35
+    assert (white - torch.eye(35, dtype=torch.float64)).norm() < 1e-4
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan])
