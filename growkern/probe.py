@@ -143,7 +143,8 @@ class Probe:
             raise ValueError(f"site {self.site.name!r}: the forward pass did not call both of its layers")
         if self._edge is None:
             raise ValueError(
-                f"site {self.site.name!r}: no gradient flows to {self.site.consumer}; is everything frozen?"
+                f"site {self.site.name!r}: no gradient flows to {self.site.consumer}; is everything frozen, or in "
+                "torch.utils.checkpoint without use_reentrant=False?"
             )
         return self._edge
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import Tensor, fx, nn
 
 from growkern import between as _between
 from growkern.eval_mode import evaluating
@@ -46,13 +45,15 @@ def chains(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Chain]:
 
     Raises
     ------
+    ValueError
+        If the model is a wrapper, or cannot be called with the inputs.
     RuntimeError
         If the model cannot be traced.
     """
     wrapped = getattr(model, "_orig_mod", getattr(model, "module", None))
     if isinstance(wrapped, nn.Module):
         inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
-        raise RuntimeError(f"model: {type(model).__name__} wraps the model to grow; pass model.{inner} instead")
+        raise ValueError(f"model: {type(model).__name__} wraps the model to grow; pass model.{inner} instead")
     graph = _trace(model, inputs)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -82,8 +83,9 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
     try:
         with evaluating(model), torch.no_grad():
             graph = fx.Tracer().trace(model, concrete_args=defaults or None)
-            ShapeProp(fx.GraphModule(model, graph)).propagate(*inputs)
+            _Shapes(fx.GraphModule(model, graph)).run(*inputs)
     except Exception as error:
+        _check_call(model, inputs)
         raise RuntimeError(
             f"find_sites could not trace {type(model).__name__}: {type(error).__name__}: {str(error).strip()}\n"
             "torch.fx needs a forward without branches on the values of tensors. Name the sites by hand instead, "
@@ -91,6 +93,29 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
             "    growkern.GrowthSite('fc1', 'fc2', between=('relu()',))"
         ) from error
     return graph
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes at each node the shape of its tensor."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if isinstance(value, Tensor):
+            node.meta["shape"] = tuple(value.shape)
+        return value
+
+
+def _check_call(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Raise a ValueError if not the trace but the model itself fails on its inputs."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        given = ", ".join(f"{type(x).__name__}{tuple(x.shape) if isinstance(x, Tensor) else ''}" for x in inputs)
+        raise ValueError(
+            f"model: {type(model).__name__} fails when called as model({given}): {type(error).__name__}: {error}\n"
+            "A tuple of inputs is several arguments, anything else, a dict too, is one."
+        ) from error
 
 
 def _follow(model: nn.Module, node: fx.Node) -> Iterator[Chain]:
@@ -128,7 +153,7 @@ def _describe(node: fx.Node, before: fx.Node) -> str:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+    return tuple(node.meta.get("shape", ()))
 
 
 def _is_shape_query(node: fx.Node) -> bool:

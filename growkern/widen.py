@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from growkern.arguments import check_count, check_instance, listed
 from growkern.neurons import NewNeurons
 from growkern.sites import GrowthSite, resolve
 from growkern.surgery import apply
@@ -39,11 +40,14 @@ def widen(
     ValueError
         If a name is not that of a site, or a site is wider already, or grows by groups. Nothing has changed then.
     """
+    sites = listed("sites", sites, "a list of growth sites")
+    check_instance("widths", widths, Mapping, "units by name of site")
     granules = {site.name: resolve(model, site).between.multiple for site in sites}
     units = {site.name: resolve(model, site).units for site in sites}
     for name, wanted in widths.items():
         if name not in units:
             raise ValueError(f"widths: {name!r} is no site of the model; there are {', '.join(units) or 'none'}")
+        check_count(f"widths[{name!r}]", wanted)
         if wanted < units[name]:
             raise ValueError(f"widths: {name!r} has {units[name]} units already, more than {wanted}")
         if multiple := (wanted - units[name]) % granules[name]:

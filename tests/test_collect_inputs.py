@@ -110,6 +110,26 @@ def test_loader_and_several_inputs() -> None:
         close(getattr(found, key), getattr(expected, key), 1e-5)
 
 
+def test_batches_and_growth_under_inference_mode_train_on() -> None:
+    """Parameters made in inference mode could never be trained, nor tensors made there measured."""
+    model, x, y = mlp(), torch.randn(20, 6), torch.randint(CLASSES, (20,))
+    optimizer = torch.optim.Adam(model.parameters())
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    sites = gk.find_sites(model, x)
+    expected = gk.collect(model, sites, [(x, y)], F.cross_entropy)
+    with torch.inference_mode():
+        found = gk.collect(model, sites, [(x.clone(), y.clone())], F.cross_entropy)
+        gk.apply(model, gk.solve(found["0"], neurons=2), optimizer=optimizer)
+    for key, tensor in expected["0"].tensors().items():
+        assert torch.equal(found["0"].tensors()[key], tensor), key
+    before = model[0].weight.detach().clone()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert len(before) == 10
+    assert (model[0].weight != before).any(1)[8:].all()
+
+
 def test_inputs_in_a_dict_are_the_same_samples() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
