@@ -185,9 +185,9 @@ def device_of(model: nn.Module) -> torch.device:
     raise ValueError(f"model: {type(model).__name__} has no parameters, so nothing in it can grow")
 
 
-def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[tuple[Any, ...], Any]:
-    """Arguments of the model, and the target, of one (input, target) pair, on a device; else a ValueError."""
-    args, target = (moved(part, device) for part in pair("batches", batch))
+def to_device(batch: Any, device: torch.device, name: str = "batches") -> tuple[tuple[Any, ...], Any]:
+    """Arguments of the model, and the target, of one (input, target) pair, on a device; see `pair`."""
+    args, target = (_moved(part, device) for part in pair(batch, name))
     return tuple(args) if isinstance(args, tuple | list) else (args,), target
 
 
@@ -208,8 +208,8 @@ def _lowest(edges: Sequence[Any]) -> list[Any]:
     return [edge for edge in edges if not above[edge.node]]
 
 
-def pair(name: str, batch: Any) -> tuple[Any, Any]:
-    """Input and target of a batch; what is no pair is a ValueError in the name of an argument."""
+def pair(batch: Any, name: str = "batches") -> tuple[Any, Any]:
+    """Input and target of a batch; what is no pair is a ValueError that names the argument it came in."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         count = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise ValueError(
@@ -219,7 +219,7 @@ def pair(name: str, batch: Any) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device) -> Any:
     """Tensors on a device, also those in tuples, lists and dicts, and what else has a method `to`."""
     if isinstance(value, Tensor):
         value = value.clone() if value.is_inference() else value  # those of inference mode take part in no graph
@@ -228,11 +228,11 @@ def moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, dict):
         copied = copy.copy(value)
-        copied.update({key: moved(each, device) for key, each in value.items()})
+        copied.update({key: _moved(each, device) for key, each in value.items()})
         return copied
     if not isinstance(value, tuple | list):
         return value
-    parts = [moved(each, device) for each in value]
+    parts = [_moved(each, device) for each in value]
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict, namedtuple
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import growkern as gk
 from growkern import GrowthSite
+from growkern.passes import to_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,6 +130,22 @@ def test_batches_and_growth_under_inference_mode_train_on() -> None:
     optimizer.step()
     assert len(before) == 10
     assert (model[0].weight != before).any(1)[8:].all()
+
+
+def test_batches_are_moved_whatever_they_come_in() -> None:
+    """PackedSequence, and what Transformers libraries hand out, know how to move themselves."""
+    Pair = namedtuple("Pair", "one two")
+    sequences = torch.nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)])
+    lists = defaultdict(list, a=[torch.zeros(1), (torch.zeros(2), 3)], b="text")
+    (first, *_, packed), target = to_device(([Pair(torch.zeros(4), 5), sequences], lists), torch.device("meta"))
+    assert first.one.is_meta
+    assert first.two == 5
+    assert packed.data.is_meta
+    assert packed.batch_sizes.device.type == "cpu"
+    assert target["a"][0].is_meta
+    assert target["a"][1][0].is_meta
+    assert (target["a"][1][1], target["b"], target["new"]) == (3, "text", [])
+    assert not lists["a"][0].is_meta
 
 
 def test_inputs_in_a_dict_are_the_same_samples() -> None:

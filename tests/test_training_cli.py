@@ -71,6 +71,10 @@ class Extra(nn.Linear):
 def extra():
     return nn.Sequential(nn.Linear(6, 2), nn.ReLU(), Extra(2, 2)), make().train
 
+def maps():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.Flatten())
+    return model, [(torch.randn(8, 1, 1, 1), torch.randint(2, (8,)))]
+
 number = 3
 """
 
@@ -231,6 +235,9 @@ BAD = [
     (["grow", "own_task:wrong"], r"returned int; expected growkern\.training\.Task"),
     (["grow", "own_task:broken"], r"own_task:broken failed: KeyError: 'no such thing'"),
     (["grow", "own_task:untraceable"], r"(?s)trac.*sites"),
+    (["grow", "own_task:maps", "--method", "joint"], r"kernel: 'joint' needs 'center' for convolutions such as '0'"),
+    (["grow", "own_task:make", "--out", "own_task.py/run"], r"out: cannot make own_task\.py/run: Not a directory"),
+    (["bottlenecks", "own_task:lonely"], r"model: found no site that can grow: no Linear"),
     (["bottlenecks", "own_task:wrong"], r"returned int"),
     (["bottlenecks", "own_task:make", "--device", "abacus"], r"device: 'abacus' cannot be used here"),
     (["report", "nothing"], r"run: nothing is no run directory"),
