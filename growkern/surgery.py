@@ -236,13 +236,11 @@ def _states(optimizer: torch.optim.Optimizer, replaced: dict[Any, nn.Parameter])
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer: LBFGS keeps one flat history, which cannot grow; pass None and make it anew after")
     states = {}
-    for old, new in replaced.items():
-        if old not in optimizer.state:
-            continue
+    for old in [parameter for parameter in replaced if parameter in optimizer.state]:
         state = dict(optimizer.state[old])
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == old.shape:
-                state[name] = _widened(value, new)
+                state[name] = _widened(value, replaced[old])
             elif isinstance(value, Tensor) and value.numel() > 1:
                 raise ValueError(
                     f"optimizer: {type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a "

@@ -22,7 +22,8 @@ def widen(
 ) -> None:
     """Widen sites with units whose weights are all zero; the model's function stays as it is.
 
-    ``model.load_state_dict`` then takes the state of a model that was grown to these widths.
+    ``model.load_state_dict`` then takes the state of a model that was grown to these widths. Copies of a model that
+    training keeps grow with it: ``widen(averaged.module, grower.sites, event.widths)``.
 
     Parameters
     ----------
