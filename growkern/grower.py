@@ -303,6 +303,7 @@ class Grower:
             if not any(self._room(m) is None or self._room(m) for m in moments.values()):
                 return name, found[name], "the budget of parameters or neurons is spent"
             above = "no neuron stands above chance" if self._neurons == "auto" else "no direction is left to add"
+            above = above if any(new.bottleneck + new.reachable for new in found.values()) else "all gradients are zero"
             few = any(found[n].noise == math.inf or m.samples <= len(m.hh) for n, m in moments.items())
             return name, found[name], above + "; samples are few for what layers read: give more batches" * few
         if self.when == "pays":

@@ -10,6 +10,12 @@ def growable(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     layer = model.get_submodule(name)
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise ValueError(f"{name} is a {type(layer).__name__}; expected Linear or Conv2d")
+    if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        raise ValueError(
+            f"{name} is of class {type(layer).__name__} with a forward of its own; expected that of torch.nn"
+        )
+    if not layer.weight.numel():
+        raise ValueError(f"{name} has a weight of shape {tuple(layer.weight.shape)}; growing starts from one unit")
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
             raise ValueError(f"{name} has groups={layer.groups}; only groups=1 can grow")

@@ -179,8 +179,10 @@ class Passes:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of a model's first parameter; a model without any is a ValueError."""
+    """Device of a model's first parameter; a model without any, or without values, is a ValueError."""
     for parameter in model.parameters():
+        if parameter.is_meta:
+            raise ValueError("model: its parameters are on the meta device and have no values to grow from")
         return parameter.device
     raise ValueError(f"model: {type(model).__name__} has no parameters, so nothing in it can grow")
 

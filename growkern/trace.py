@@ -54,6 +54,8 @@ def chains(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Chain]:
     if isinstance(wrapped, nn.Module):
         inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise ValueError(f"model: {type(model).__name__} wraps the model to grow; pass model.{inner} instead")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model: a {type(model).__name__} cannot grow; pass the module that it was made of")
     graph = _trace(model, inputs)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -82,7 +84,7 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
         with evaluating(model), torch.no_grad():
-            graph = fx.Tracer().trace(model, concrete_args=defaults or None)
+            graph = _Tracer().trace(model, concrete_args=defaults or None)
             _Shapes(fx.GraphModule(model, graph)).run(*inputs)
     except Exception as error:
         _check_call(model, inputs)
@@ -93,6 +95,14 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
             "    growkern.GrowthSite('fc1', 'fc2', between=('relu()',))"
         ) from error
     return graph
+
+
+class _Tracer(fx.Tracer):
+    """Takes subclasses of torch's layers whole, which do not change the forward, as it takes those layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        owner = next(each for each in type(m).__mro__ if "forward" in vars(each))
+        return owner.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(m, nn.Sequential)
 
 
 class _Shapes(fx.Interpreter):
@@ -113,7 +123,8 @@ def _check_call(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     except Exception as error:
         given = ", ".join(f"{type(x).__name__}{tuple(x.shape) if isinstance(x, Tensor) else ''}" for x in inputs)
         raise ValueError(
-            f"model: {type(model).__name__} fails when called as model({given}): {type(error).__name__}: {error}\n"
+            f"model: {type(model).__name__} in evaluation mode fails when called as model({given}): "
+            f"{type(error).__name__}: {error}\n"
             "A tuple of inputs is several arguments, anything else, a dict too, is one."
         ) from error
 

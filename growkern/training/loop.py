@@ -155,6 +155,11 @@ def share_of_budget(settings: Settings, progress: Progress, of_epoch: float = 0.
     return (progress.epoch + of_epoch) / settings.epochs
 
 
+def is_complete(settings: Settings, record: dict[str, Any]) -> bool:
+    """Whether the budget was spent with the epoch of a record of metrics.jsonl."""
+    return share_of_budget(settings, Progress(record["epoch"], record["compute"])) >= 1
+
+
 def train_epoch(settings: Settings, start: Start, cost: float, samples: int, watchers: Sequence[Watcher]) -> float:
     """One pass over the training data, or less where the budget ends; returns the mean loss."""
     model, optimizer, progress = start.state.model, start.state.optimizer, start.state.progress
