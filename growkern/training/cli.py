@@ -136,9 +136,7 @@ def _train(
     if resume:
         settings = Run(resume).settings
         if (done := Run(resume).records("metrics.jsonl")) and loop.is_complete(settings, done[-1]):
-            out.print(
-                f"[yellow]note:[/] the run is complete; more epochs (or compute) in {resume / 'config.json'} continue it"
-            )
+            say(f"note: the run is complete; with more epochs (or compute) in {resume / 'config.json'} it goes on")
     else:
         settings = Settings(**((read_toml(config) if config else {}) | given))
     if command == "grow" and not settings.target and not resume:
