@@ -118,7 +118,7 @@ def test_train_report_and_resume(
     assert call(monkeypatch, "train", "--resume", str(folder)) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "going on after epoch 3" in printed
-    assert "note: the run is complete; more epochs" in printed
+    assert "note: the run is complete; with more epochs" in printed
     assert (folder / "checkpoint.safetensors").read_bytes() == before
     assert call(monkeypatch, "train", *QUICK, "--seed", "3", "--epochs", "1") == 0
     assert (place / "runs" / "digits-mlp-tiny-seed3-2").is_dir()
@@ -181,6 +181,23 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         for op in OPS:
             rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in printed.splitlines()]
             assert ([backend, op] in rows) == (backend in available(op))
+
+
+def test_doctor_goes_on_after_a_backend_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from growkern import backend
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("no [compiler] here")
+
+    known = backend._implementations["eigh"]
+    broken = next(name for name in backend.available("eigh") if name != "reference") if len(known) > 1 else "cuda"
+    monkeypatch.setitem(backend._implementations, "eigh", {**known, broken: fails})
+    assert call(monkeypatch, "doctor") == 1
+    printed = capsys.readouterr().out
+    assert re.search(rf"{broken}: eigh fails on \w+: RuntimeError: no \[compiler\] here", printed)
+    assert "│ reference │ eigh " in printed
 
 
 BAD = [
