@@ -64,7 +64,7 @@ def _silent(model: nn.Module, site: GrowthSite, count: int) -> NewNeurons:
     """Units that read nothing and that nothing reads."""
     layers = resolve(model, site)
     producer, consumer = layers.producer, layers.consumer
-    zeros = torch.zeros(count, dtype=torch.float64)
+    zeros = torch.zeros(count, dtype=torch.float64, device=producer.weight.device)
     reads = consumer.weight[0].numel() + (consumer.bias is not None)
     return NewNeurons(
         site=site,

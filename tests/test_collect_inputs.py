@@ -132,6 +132,41 @@ def test_batches_and_growth_under_inference_mode_train_on() -> None:
     assert (model[0].weight != before).any(1)[8:].all()
 
 
+def test_losses_that_differentiate_by_themselves() -> None:
+    """A gradient penalty calls autograd in the forward pass; here it has a closed form too."""
+    model, x, y = mlp().double(), torch.randn(20, 6, dtype=F64), torch.randint(CLASSES, (20,))
+
+    def penalised(z: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(z, target)
+        return loss + torch.autograd.grad(loss, z, create_graph=True)[0].square().sum()
+
+    def closed(z: Tensor, target: Tensor) -> Tensor:
+        gradient = (z.softmax(1) - F.one_hot(target, CLASSES)) / len(z)
+        return F.cross_entropy(z, target) + gradient.square().sum()
+
+    sites = gk.find_sites(model, x)
+    found, expected = (gk.collect(model, sites, [(x, y)], loss_fn) for loss_fn in (penalised, closed))
+    for name, moments in expected.items():
+        for key, tensor in moments.tensors().items():
+            close(found[name].tensors()[key], tensor, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_the_default_device_does_not_matter(name: str) -> None:
+    """As after `torch.set_default_device("cuda")`, of a model that is elsewhere."""
+    family = FAMILIES[name]
+    model, batches = family.build(), family.batches(12, 9)
+    sites = gk.find_sites(model, batches[0][0])
+    expected = gk.solve(gk.collect(model, sites, batches, F.cross_entropy))
+    with torch.device("meta"):
+        found = gk.solve(gk.collect(model, gk.find_sites(model, batches[0][0]), batches, F.cross_entropy))
+        gk.widen(model, sites, {sites[0].name: 20})
+    for site, new in expected.items():
+        assert found[site].noise == new.noise
+        assert torch.equal(found[site].best_update, new.best_update)
+    assert torch.isfinite(model(batches[0][0])).all()
+
+
 def test_batches_are_moved_whatever_they_come_in() -> None:
     """PackedSequence, and what Transformers libraries hand out, know how to move themselves."""
     Pair = namedtuple("Pair", "one two")
