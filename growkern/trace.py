@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -98,11 +100,30 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
 
 
 class _Tracer(fx.Tracer):
-    """Takes subclasses of torch's layers whole, which do not change the forward, as it takes those layers."""
+    """Takes whole what only inherits the forward of a torch layer, and what an ``assert`` asks for as given."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         owner = next(each for each in type(m).__mro__ if "forward" in vars(each))
         return owner.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(m, nn.Sequential)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        frame = inspect.currentframe()
+        caller = frame and frame.f_back and frame.f_back.f_back  # behind Proxy.__bool__
+        holds = _asserted(caller) if caller else None
+        return super().to_bool(obj) if holds is None else holds
+
+
+def _asserted(frame: FrameType) -> bool | None:
+    """Truth value with which the assertion passes that a frame is about to make; None if it makes none."""
+    steps = [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti]
+    for number, step in enumerate(steps[:4]):
+        if "JUMP" in step.opname:
+            fails = [at for at in steps if at.opname == "LOAD_ASSERTION_ERROR"]
+            jumps_if = "IF_TRUE" in step.opname
+            if steps[number + 1] in fails:
+                return jumps_if
+            return not jumps_if if step.argval in [at.offset for at in fails] else None
+    return None
 
 
 class _Shapes(fx.Interpreter):

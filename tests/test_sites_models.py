@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES, FAMILIES, assert_same, close, mlp, net, picture, texts
+from networks import asserting
 from torch import Tensor, nn
 
 import growkern as gk
@@ -52,6 +53,12 @@ def test_nothing_changes(name: str) -> None:
     before = picture(model)
     gk.find_sites(model, torch.randn(4, *family.sample, generator=torch.Generator().manual_seed(1)))
     assert_same(before, picture(model))
+
+
+def test_assertions_are_no_branches() -> None:
+    assert texts(asserting(), torch.randn(4, 6)) == ["a -> relu() -> b"]
+    with pytest.raises(RuntimeError, match="could not trace"):
+        gk.find_sites(asserting(branches=True), torch.randn(4, 6))
 
 
 class Branching(nn.Module):
