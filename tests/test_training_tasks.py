@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,9 @@ def late():
         *(("no_targets", 120), ("stream", 120), ("late", 120)),
     ],
 )
-def test_tasks_of_many_kinds(tmp_path: Path, function: str, samples: int) -> None:
+def test_tasks_of_many_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, samples: int) -> None:
     """Each is interrupted and goes on bit-identically; the cost per sample is that of the model alone."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # later processes would import queue.py from there
     (tmp_path / "queue.py").write_text(OWN)  # the name of a standard module
     (tmp_path / "helper_of_own.py").write_text("")
     settings = Settings(
