@@ -104,6 +104,6 @@ def _locate(grower: Grower, first: tuple[Any, Any], settings: Settings) -> None:
         if settings.method != NEVER:
             raise
         grower.sites = found = []
-    maps = [site.name for site in found if isinstance(grower.model.get_submodule(site.consumer), nn.Conv2d)]
+    maps = [site.name for site in found if isinstance(grower.model.get_submodule(site.producer), nn.Conv2d)]
     if settings.method == "joint" and settings.kernel == "full" and maps:
         raise ValueError(f"kernel: 'joint' needs 'center' for convolutions such as {maps[0]!r}, got 'full'")
