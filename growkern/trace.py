@@ -53,7 +53,7 @@ def chains(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Chain]:
         If the model cannot be traced.
     """
     wrapped = getattr(model, "_orig_mod", getattr(model, "module", None))
-    if isinstance(wrapped, nn.Module):
+    if isinstance(wrapped, nn.Module) and type(model).__module__.startswith("torch."):  # and no model of one's own
         inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise ValueError(f"model: {type(model).__name__} wraps the model to grow; pass model.{inner} instead")
     if isinstance(model, torch.jit.ScriptModule):

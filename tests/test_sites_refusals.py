@@ -164,3 +164,5 @@ def test_a_wrapped_model_is_refused_with_the_way_in(wrap: Callable[[nn.Module], 
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     with pytest.raises(ValueError, match=f"pass model.{inner} instead"):
         gk.find_sites(wrap(model), torch.randn(3, 6))
+    own = net(lambda self, x: getattr(self, inner)(x), **{inner: model})
+    assert texts(own, torch.randn(3, 6)) == [f"{inner}.0 -> {inner}.1 -> {inner}.2"]
