@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable
 from numbers import Integral
 from typing import Any
 
@@ -45,6 +46,20 @@ def check_trained(model: object, loss_fn: object, optimizer: object = None) -> N
         raise ValueError(f"loss_fn: expected a function of (model(input), target), got {_kind(loss_fn)}")
     if optimizer is not None:
         check_instance("optimizer", optimizer, Optimizer)
+
+
+def check_optimizer(optimizer: Any, model: nn.Module, changed: Collection[Any]) -> None:
+    """Raise a ValueError for what does not train a model; warn of changed parameters that it does not hold."""
+    check_instance("optimizer", optimizer, Optimizer)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(model.parameters()):
+        raise ValueError("optimizer: it holds none of the model's parameters")
+    if lost := [name for name, p in model.named_parameters() if p in changed and p.requires_grad and p not in held]:
+        warnings.warn(
+            f"optimizer: it does not hold {', '.join(lost)}, which larger parameters replace: another optimizer with them "
+            "has to be made anew; requires_grad_(False) says that there is none",
+            stacklevel=3,
+        )
 
 
 def listed(name: str, values: Any, accepted: str) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growkern.arguments import check_instance
+from growkern.arguments import check_instance, check_optimizer
 from growkern.neurons import METHODS, NewNeurons
 from growkern.sites import Layers, resolve
 
@@ -54,12 +54,11 @@ def apply(
     check_instance("new", new, NewNeurons)
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
-    if optimizer is not None:
-        check_instance("optimizer", optimizer, torch.optim.Optimizer)
-        if {p for group in optimizer.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
-            raise ValueError("optimizer: it holds none of the model's parameters")
     with torch.inference_mode(False):  # a Parameter made in that mode could never be trained
-        _plan(model, new, scale, update).commit(optimizer)
+        plan = _plan(model, new, scale, update)
+        if optimizer is not None:
+            check_optimizer(optimizer, model, {module._parameters.get(name) for module, name, _ in plan.tensors})
+        plan.commit(optimizer)
 
 
 @contextmanager
