@@ -56,7 +56,7 @@ def check_optimizer(optimizer: Any, model: nn.Module, changed: Collection[Any]) 
         raise ValueError("optimizer: it holds none of the model's parameters")
     if lost := [name for name, p in model.named_parameters() if p in changed and p.requires_grad and p not in held]:
         warnings.warn(
-            f"optimizer: it does not hold {', '.join(lost)}, which larger parameters replace: another optimizer with them "
+            f"optimizer: it does not hold {', '.join(lost)}, which larger ones replace: another optimizer with them "
             "has to be made anew; requires_grad_(False) says that there is none",
             stacklevel=3,
         )

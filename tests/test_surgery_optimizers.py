@@ -222,7 +222,7 @@ def test_parameters_of_another_optimizer_are_not_lost_without_a_word() -> None:
     model, x, target = plain()
     new = new_for(model, x, target)
     optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
-    with pytest.warns(UserWarning, match=r"it does not hold 2\.weight, which larger parameters replace"):
+    with pytest.warns(UserWarning, match=r"it does not hold 2\.weight, which larger ones replace"):
         gk.apply(model, new, optimizer=optimizer)
     model[2].requires_grad_(False)
     with warnings.catch_warnings():
