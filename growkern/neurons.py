@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from growkern.arguments import check_choice, check_count
+from growkern.arguments import check_choice, check_count, check_instance
 from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
@@ -164,6 +164,7 @@ def solve(
     check_options(method, neurons, max_neurons)
     if isinstance(moments, Moments):
         return solve({"": moments}, method=method, neurons=neurons, max_neurons=max_neurons, paired=paired)[""]
+    check_instance("moments", moments, Mapping, "Moments or a dict of them")
     for each in moments.values():
         _check(each, method, neurons, paired)
 

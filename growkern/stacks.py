@@ -52,7 +52,7 @@ class Stack:
 
     def numbers(self, values: Sequence[float]) -> Tensor:
         """Give one number for each site, (B,) in float64, to the device without waiting for it."""
-        numbers = torch.tensor(values, dtype=torch.float64)
+        numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
         return numbers.pin_memory().to(self.xx.device, non_blocking=True) if self.xx.is_cuda else numbers
 
     @cached_property
