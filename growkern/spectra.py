@@ -190,22 +190,17 @@ def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor
         (...,) infinity and 0 where all of S is 0.
     """
     # Lanczos' method for S a S and for its inverse, side by side, with vectors in rows.
-    up = scale[..., None, :]
-    down = torch.where(up > 0, up, torch.inf).reciprocal()
-
-    def both(q: Tensor) -> Tensor:
-        image = (up * q[..., :1, :]).to(a.dtype) @ a
-        half = torch.linalg.solve_triangular(lower, (down * q[..., 1:, :]).mT, upper=False)
-        inverse = torch.linalg.solve_triangular(lower.mT, half, upper=True)  # cholesky_solve copies a batch's factor
-        return torch.cat([up * image, down * inverse.mT], -2)
-
-    start = torch.arange(a.shape[-1], dtype=lower.dtype, device=a.device).mul(2.4).cos() * (up > 0)
-    new = torch.cat([start, start], -2)
-    old, length = torch.zeros_like(new), new.norm(dim=-1, keepdim=True)
+    seen = scale > 0
+    both = torch.stack([scale, torch.where(seen, scale, torch.inf).reciprocal()], -2)  # (..., 2, n)
+    new = (torch.arange(a.shape[-1], dtype=lower.dtype, device=a.device).mul(2.4).cos() * seen)[..., None, :]
+    old, length = torch.zeros_like(both), new.norm(dim=-1, keepdim=True)
     diagonal, below = [], []
     for _ in range(_CONDITION_STEPS):
         old, new = new / length.clamp_min(1e-300), old
-        new = both(old) - length * new
+        up, down = (both * old).split(1, -2)
+        down = torch.linalg.solve_triangular(lower, down.mT, upper=False)
+        down = torch.linalg.solve_triangular(lower.mT, down, upper=True)  # cholesky_solve copies a batch's factor
+        new = torch.cat([up.to(a.dtype) @ a, down.mT], -2) * both - length * new
         diagonal.append(torch.linalg.vecdot(old, new)[..., None])
         new = new - diagonal[-1] * old
         length = new.norm(dim=-1, keepdim=True)
