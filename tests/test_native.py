@@ -203,6 +203,22 @@ def test_eigh_in_lanes(case, dtype, tridiagonal):
 
 @every_set
 @pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5, 1e-9, 1e-20])
+def test_small_entries_beside_large_neighbours_are_not_lost(dtype, size):
+    """A reflection clears them however little they are of their row; a sum of squares no longer tells them apart."""
+    g = torch.Generator().manual_seed(0)
+    a = size * torch.randn(9, 30, 30, generator=g, dtype=dtype)
+    a = (a + a.mT).index_fill(0, torch.arange(7, 9), 0)
+    a.diagonal(1, 1, 2).add_(1)
+    a.diagonal(-1, 1, 2).add_(1)
+    w, q = torch.ops.growkern_cpu.eigh_lanes(a, True)
+    assert_decomposes(a, w, q, EIGH_TOLERANCES[dtype])
+    assert_same_values(w, torch.linalg.eigvalsh(a.double()), a, EIGH_TOLERANCES[dtype])
+
+
+@every_set
+@pytest.mark.usefixtures("_instruction_set")
 @pytest.mark.parametrize("tridiagonal", [False, True])
 def test_lanes_do_not_disturb_each_other(tridiagonal):
     a = torch.randn(37, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
