@@ -26,8 +26,10 @@ using torch::stable::detail::to;
 template <class T>
 void eigh_by_lanes(const Tensor& a, const Method<T>& method, Tensor& w, Tensor& q) {
   const int64_t count = a.sizes()[0], n = a.sizes()[2], bytes = method.bytes(n);
-  const int64_t least = lanes<T>().matrices, slices = 4 * torch::stable::get_num_threads();
-  const int64_t at_once = std::max<int64_t>(1, count / least / slices) * least, tasks = (count + at_once - 1) / at_once;
+  // As few parts as there are threads: lanes run empty at the end of each.
+  const int64_t parts = method.matrices * torch::stable::get_num_threads();
+  const int64_t at_once = std::max<int64_t>(1, (count + parts - 1) / parts) * method.matrices;
+  const int64_t tasks = (count + at_once - 1) / at_once;
   const T* in = static_cast<const T*>(a.const_data_ptr());
   T *values = static_cast<T*>(w.mutable_data_ptr()), *vectors = static_cast<T*>(q.mutable_data_ptr());
   parallel(tasks, [&](int64_t task) {

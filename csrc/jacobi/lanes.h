@@ -13,6 +13,7 @@ constexpr int64_t kLargestInLanes = 128;  // rows and columns
 // w. `work` holds bytes(n). A matrix that is not finite or does not converge comes back NaN.
 template <class T>
 struct Method {
+  int64_t matrices;  // that take no longer than one of them
   void (*eigh)(const T* a, int64_t count, int64_t n, T* w, T* q, void* work);
   int64_t (*bytes)(int64_t n);
 };
@@ -20,7 +21,6 @@ struct Method {
 // Jacobi's method, and the QL method for tridiagonal matrices.
 template <class T>
 struct Lanes {
-  int64_t matrices;  // at a time
   Method<T> jacobi, tridiagonal;
 };
 

@@ -283,8 +283,8 @@ void tridiagonal_eigh(const T* matrices, int64_t count, int64_t n, T* w, T* q, v
 
 template <class T, int Bytes>
 constexpr Lanes<T> lanes_table() {
-  return {Bytes / sizeof(T), {jacobi_eigh<T, Bytes>, jacobi_bytes<T, Bytes>},
-          {tridiagonal_eigh<T, Bytes>, tridiagonal_bytes<T, Bytes>}};
+  return {{Bytes / sizeof(T), jacobi_eigh<T, Bytes>, jacobi_bytes<T, Bytes>},
+          {1, tridiagonal_eigh<T, Bytes>, tridiagonal_bytes<T, Bytes>}};
 }
 
 }  // namespace
