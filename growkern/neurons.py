@@ -171,10 +171,7 @@ def solve(
         alone = id(each) if METHODS[method].starts_at_zero == "fan_out" else None  # random numbers come in order
         return each.smooth, each.multiple, each.x_mean is None, alone
 
-    def run(m: Stack, by_eigenvectors: bool) -> Solution:
-        return _solve(m, method, neurons, max_neurons, paired, by_eigenvectors)
-
-    found = solve_together(moments, alike, run)
+    found = solve_together(moments, alike, lambda m, by: _solve(m, method, neurons, max_neurons, paired, by))
     return {
         name: NewNeurons(site=each.site, method=method, kernel=each.kernel, **found[name])
         for name, each in moments.items()
@@ -223,8 +220,8 @@ def _solve(
 
     slope = m.numbers([each.slope * units for each in m.parts])
     linear = (alpha @ unreachable * omega.mT).sum((1, 2))  # ⟨Σ α ωᵀ, N⟩
-    half = u * values.sqrt()[:, None] if x is not None else None  # α = L⁻ᵀ half
-    spread = times(alpha, m.xx) @ alpha.mT if half is None else half.mT @ half  # E[αx (αx)ᵀ], or what h leaves of it
+    # α xx αᵀ, where α = L⁻ᵀ u √λ and xx = L Lᵀ
+    spread = times(alpha, m.xx) @ alpha.mT if x is None else u.mT @ u * (values[:, None] * values[..., None]).sqrt()
     removed = 2 * linear - (spread * (omega.mT @ omega)).sum((1, 2))
     gain = slope * (alpha.to(m.xv.dtype) @ m.xv * omega.mT).sum((1, 2))  # to the rounding of what was measured
     gain = gain * m.numbers([each.count if each.reduction == "sum" else 1 for each in m.parts])
