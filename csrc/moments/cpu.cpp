@@ -38,7 +38,9 @@ Map map_of(const Tensor& tensor) {
 }
 
 Tensor result(const Tensor& x, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(x, shape, is_double(x) ? ScalarType::Double : ScalarType::Float);
+  const Tensor made = torch::stable::new_empty(x, shape, is_double(x) ? ScalarType::Double : ScalarType::Float);
+  prefer_huge_pages(made.mutable_data_ptr(), made.numel() * (is_double(x) ? 8 : 4));
+  return made;
 }
 
 template <class T>
