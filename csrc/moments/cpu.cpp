@@ -100,9 +100,9 @@ void sum_residual(const std::array<Map, 3>& maps, const ConvWindows& windows, bo
   const auto& [xr, xr_null, hr_null] = out;
   Planner<T> planner(maps);
   planner.set_signs(data<T>(signs), signs.sizes()[0]);
-  planner.add(0, windows.x, x_bias, 2, windows.target, false, windows.xv, data<T>(xr)).null = data<T>(xr_null);
+  planner.add(0, windows.x, x_bias, 2, windows.target, false, windows.xv, data<T>(xr), data<T>(xr_null));
   if (!full && signs.sizes()[0] > 0)
-    planner.add(1, windows.h, h_bias, 2, Window{}, false, windows.ones, nullptr).null = data<T>(hr_null);
+    planner.add(1, windows.h, h_bias, 2, Window{}, false, windows.ones, nullptr, data<T>(hr_null));
   planner.run();
 }
 
