@@ -211,7 +211,7 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
 
 def _is_here(backend: str) -> bool:
     """Whether a backend that is registered can run; asked only where it matters, as it may start CUDA."""
-    return backend != "triton" or has_triton()
+    return has_triton() if backend == "triton" else backend != "cuda" or torch.cuda.is_available()
 
 
 @functools.cache

@@ -16,5 +16,5 @@ def assert_stable(library: Path, uses: str) -> None:
     shim = (Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h").read_text()
     newer = re.split(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(?!9_|10_|11_)\d+_0", shim)[1:]
     too_new = {name for part in newer for name in re.findall(r"\b((?:aoti_)?torch_\w+)\(", part.split("#endif")[0])}
-    assert too_new
+    assert too_new or torch.__version__ < "2.12"
     assert not undefined & too_new

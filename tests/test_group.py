@@ -145,7 +145,7 @@ def test_layouts_used_last_are_kept(monkeypatch):
 
 
 def test_tuned_tiles_reach_layouts_that_are_known(monkeypatch, tmp_path):
-    monkeypatch.setattr(tiles, "tuned_path", lambda: tmp_path / "tiles.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     engine, mine = Recorded(), Tiles(32, 16, 16, 2)
     given = [call(32)]
     try:

@@ -15,7 +15,7 @@ MINE = Tiles(64, 32, 16, 4, 2, 4)
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiles, "tuned_path", lambda: tmp_path / "cache" / "tiles.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for cached in (tiles._tuned, tiles.choose):
         cached.cache_clear()
     yield

@@ -1,13 +1,12 @@
 """The Triton kernels of `eigh` and `svd` where there is no GPU: interpreted on the CPU, and compiled for others."""
 
-import importlib.util
-
 import pytest
-from processes import python
+from processes import HAS_TRITON, needs_interpreter, python
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
+@needs_interpreter
 def test_the_cases_of_the_table_in_the_interpreter():
     # numpy warns of what Triton takes for granted: a tangent may overflow on its way to 0.
     chosen = ("-q", "-W", "ignore::RuntimeWarning", "tests/test_ops_jacobi.py", "-k", "triton or small")

@@ -1,13 +1,12 @@
 """The Triton kernels of the moments where there is no GPU: interpreted on the CPU, and compiled for others."""
 
 import importlib
-import importlib.util
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import TOLERANCES, cases, error, to_double
-from processes import python
+from processes import HAS_TRITON, needs_interpreter, python
 
 from growkern.backend import INTERPRETED, use_backend
 from growkern.ops import ConvGeometry
@@ -16,7 +15,7 @@ from growkern.ops.moments.schedule import Tiles
 
 OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 # Every layout, dtype and border; few large kernels, as the interpreter takes 10 ms for one program.
 CHOSEN = (
@@ -26,6 +25,7 @@ CHOSEN = (
 )
 
 
+@needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_the_cases_of_the_table_in_the_interpreter():
     here = ("tests/test_ops_moments.py", "tests/test_triton_moments.py")

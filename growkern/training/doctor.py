@@ -19,10 +19,10 @@ from growkern import ops, use_backend
 from growkern.backend import BACKENDS, DEVICES, available
 from growkern.ops.native import build_info
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "typer", "rich", "torchvision", "matplotlib", "tensorboard")
+PACKAGES = ("triton", "numpy", "safetensors", "typer", "rich", "torchvision", "matplotlib", "tensorboard")
 _ABSENT = {
     "triton": "it needs the package triton and a GPU",
-    "cuda": "the CUDA library was not built; with a torch for CUDA and the nvcc of its CUDA version: "
+    "cuda": "it needs a GPU and its library; with a torch for CUDA and the nvcc of its CUDA version: "
     "pip install --no-build-isolation --force-reinstall --no-deps growkern",
     "cpp": "the compiled library was not built; with a C++ compiler: "
     "pip install --no-build-isolation --force-reinstall --no-deps growkern",
@@ -65,6 +65,7 @@ def examine(console: Console) -> int:
         1 if a backend that is here fails or is wrong, otherwise 0.
     """
     console.print(f"growkern {growkern.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    console.print(f"  torch {torch.__version__}", highlight=False)  # whose metadata may not name the build
     for package in PACKAGES:
         try:
             version = metadata.version(package)

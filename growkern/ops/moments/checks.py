@@ -16,7 +16,7 @@ def linear_moments_shapes(x: Tensor, h: Tensor, v: Tensor, x_bias: bool, h_bias:
     """Check the arguments of `linear_moments` and give the shapes of its results."""
     _check_choice("precision", precision, PRECISIONS)
     _check_tensors(x, h, v, "features")
-    p, q, r = x.shape[1] + x_bias, h.shape[1] + h_bias, v.shape[1]
+    p, q, r = x.shape[1] + int(x_bias), h.shape[1] + int(h_bias), v.shape[1]  # shapes may be symbols
     return [(p, p), (p, q), (p, r), (q, q), (q, r), (r, r)]
 
 
@@ -57,7 +57,7 @@ def conv2d_moments_shapes(
     made, read = ConvGeometry.unpack(producer), ConvGeometry.unpack(consumer)
     _check_map("h", h, "producer", made, x)
     _check_map("v", v, "consumer", read, h)
-    p, q, r = x.shape[1] * made.taps + x_bias, h.shape[1] * read.taps + h_bias, v.shape[1]
+    p, q, r = x.shape[1] * made.taps + int(x_bias), h.shape[1] * read.taps + int(h_bias), v.shape[1]
     xh, xv = ((p, 0), (p, r * read.taps)) if kernel == "full" else ((p, q), (p, r))
     return [(p, p), xh, xv, (q, q), (q, r), (r, r)]
 

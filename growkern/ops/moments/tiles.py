@@ -4,10 +4,10 @@ import functools
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 
 from growkern.ops.moments import group
@@ -24,7 +24,8 @@ Entries = list[dict[str, Any]]
 
 def tuned_path() -> Path:
     """Name the file in the user's cache in which `growkern tune` keeps what it found."""
-    return Path(platformdirs.user_cache_dir("growkern")) / "tiles.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"  # Triton, whose tiles these are, is for Linux
+    return Path(cache) / "growkern" / "tiles.json"
 
 
 @functools.lru_cache(maxsize=1024)
