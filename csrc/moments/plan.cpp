@@ -134,18 +134,33 @@ void Planner<T>::add(int u, const Window& u_window, bool u_bias, int v, const Wi
     moments[0].symmetric = symmetric;
   }
   for (Moment<T>& moment : moments) {
-    for (int axis : {0, 1}) {
-      if (moment.u->patches) break;
-      // Zeros enough that no shift reaches from one row or image into the next.
-      const Pair shifts = shift_range(moment.u_window, moment.v_window, axis);
-      const int64_t u_size = moment.u->size[axis], v_size = moment.v->size[axis];
-      pitch_[axis] = std::max({pitch_[axis], u_size, v_size, v_size - shifts[0], u_size + shifts[1]});
-    }
     for (const Moment<T>& known : batch_.moments)
       if (known.like < 0 && known.u == moment.u && known.v == moment.v && known.u_window == moment.u_window &&
           known.v_window == moment.v_window && known.symmetric == moment.symmetric && known.mirrored == moment.mirrored)
         moment.like = &known - batch_.moments.data();
     batch_.moments.push_back(std::move(moment));
+  }
+}
+
+// Zeros enough that no shift reaches from one row or image into the next; what is shifted against each other has one
+// pitch.
+template <class T>
+void Planner<T>::set_pitches() {
+  for (auto& source : batch_.sources)
+    if (!source->patches) source->pitch = {1, 1};
+  for (bool changed = true; changed;) {
+    changed = false;
+    for (Moment<T>& moment : batch_.moments) {
+      if (moment.u->patches) continue;
+      for (int axis : {0, 1}) {
+        const Pair shifts = shift_range(moment.u_window, moment.v_window, axis);
+        const int64_t u_size = moment.u->size[axis], v_size = moment.v->size[axis];
+        int64_t &u_pitch = moment.u->pitch[axis], &v_pitch = moment.v->pitch[axis];
+        const int64_t pitch = std::max({u_pitch, v_pitch, u_size, v_size, v_size - shifts[0], u_size + shifts[1]});
+        changed |= u_pitch != pitch || v_pitch != pitch;
+        u_pitch = v_pitch = pitch;
+      }
+    }
   }
 }
 
@@ -157,6 +172,7 @@ void Planner<T>::set_signs(const T* signs, int64_t draws) {
 
 template <class T>
 void Planner<T>::run() {
+  set_pitches();
   const auto is_sign = [](T value) { return value == 1 || value == -1; };
   if (draws_ == 1 && std::all_of(signs_, signs_ + batch_.images, is_sign)) {
     const auto positive = [this](int64_t image) { return signs_[image] > 0; };
@@ -171,15 +187,13 @@ void Planner<T>::run() {
     moment.v->signs = signs_;
     moment.v->draws = draws_;
     // The row of a matrix is not worth its own sums.
-    moment.v->copied = draws_ > 0 && batch_.order.empty() && maps_[0].size == Pair{1, 1} && pitch_ == Pair{1, 1} && !moment.v->patches;
+    moment.v->copied = draws_ > 0 && batch_.order.empty() && moment.u->is_matrix() && moment.v->is_matrix();
   }
   // Of the sources those that were only considered are not packed.
   std::erase_if(batch_.sources, [&](const auto& source) {
     return std::none_of(batch_.moments.begin(), batch_.moments.end(),
                         [&](const Moment<T>& moment) { return moment.u == source.get() || moment.v == source.get(); });
   });
-  for (auto& source : batch_.sources)
-    if (!source->patches) source->pitch = pitch_;
   batch_.run();
 }
 

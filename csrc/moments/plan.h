@@ -27,10 +27,10 @@ class Planner {
 
  private:
   Source<T>* whole(const Map& map, const Pair& apart);
+  void set_pitches();
   Source<T>* patches(int map, const Window& window, const Weights& weights, const Pair& size);
 
   std::array<Map, 3> maps_;
-  Pair pitch_{1, 1};
   const T* signs_ = nullptr;
   int64_t draws_ = 0;
   Batch<T> batch_;

@@ -107,7 +107,9 @@ void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
   }
   const bool pays = images * tiles() >= kLeastTiles;
   for (Moment<T>& moment : moments) {
-    if (!pays) moment.transformed = -1;
+    // On a torus for much larger maps, each of its positions costs as much as one of theirs.
+    const Pair& size = moment.u->size;
+    if (!pays || 2 * size[0] * size[1] < u_size[0] * u_size[1]) moment.transformed = -1;
     if (moment.transformed < 0) continue;
     const Side *u = side(moment.u, true), *v = side(moment.v, false);
     for (int64_t u0 = 0; u0 < moment.u->blocks; u0 += kTaskBlocks[0])
