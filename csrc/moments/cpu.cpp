@@ -39,9 +39,7 @@ Map map_of(const Tensor& tensor) {
 }
 
 Tensor result(const Tensor& x, std::vector<int64_t> shape) {
-  const Tensor made = torch::stable::new_empty(x, shape, is_double(x) ? ScalarType::Double : ScalarType::Float);
-  prefer_huge_pages(made.mutable_data_ptr(), made.numel() * (is_double(x) ? 8 : 4));
-  return made;
+  return torch::stable::new_empty(x, shape, is_double(x) ? ScalarType::Double : ScalarType::Float);
 }
 
 template <class T>

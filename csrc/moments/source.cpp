@@ -4,26 +4,13 @@
 #include <cstring>
 #include <new>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace growkern {
-
-void prefer_huge_pages(void* memory, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const auto begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // which may be refused
-#endif
-}
 
 template <class T>
 Buffer<T> allocate(int64_t elements) {
   const size_t bytes = (static_cast<size_t>(elements) * sizeof(T) / 64 + 1) * 64;
   void* memory = std::aligned_alloc(64, bytes);
   if (memory == nullptr) throw std::bad_alloc();
-  prefer_huge_pages(memory, static_cast<int64_t>(bytes));
   return Buffer<T>(static_cast<T*>(memory));
 }
 template Buffer<float> allocate<float>(int64_t);

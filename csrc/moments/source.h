@@ -49,11 +49,6 @@ using Buffer = std::unique_ptr<T[], Free>;
 template <class T>
 Buffer<T> allocate(int64_t elements);
 
-// Asks for pages of 2 MB, before memory is first written to: to fault in small ones takes up to half of the time of a
-// moment of many channels.
-constexpr uintptr_t kHugePage = 2 << 20;
-void prefer_huge_pages(void* memory, int64_t bytes);
-
 // Some images of a source: [block][image][row][column][channel of the block], zeros around every image.
 template <class T>
 struct Panels {
