@@ -105,7 +105,8 @@ void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
     for (int axis : {0, 1}) lay_out(axes_[axis], u_size[axis], v_size[axis], most);
     if (images * tiles() >= kLeastTiles) break;
   }
-  const bool pays = images * tiles() >= kLeastTiles;
+  bool pays = images * tiles() >= kLeastTiles;
+  for (const Axis& axis : axes_) pays &= axis.tiles == 1 || axis.tile >= kFewPositions;
   for (Moment<T>& moment : moments) {
     // On a torus for much larger maps, each of its positions costs as much as one of theirs.
     const Pair& size = moment.u->size;
