@@ -232,7 +232,7 @@ def _classify(name: str, settings: dict[str, Any], label: str) -> Any:
 
 def _linearise(activations: list[Callable[[Tensor], Tensor]]) -> tuple[float, bool, bool]:
     """Slope at 0, smoothness and homogeneity of activations in sequence; refuse those that move or flatten 0."""
-    t = torch.tensor([-_STEP, 0.0, _STEP, -1.0, 1.0, -16.0, 16.0], dtype=torch.float64)
+    t = torch.tensor([-_STEP, 0.0, _STEP, -1.0, 1.0, -16.0, 16.0], dtype=torch.float64, device="cpu")
     for activation in activations:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             t = activation(t)

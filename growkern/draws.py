@@ -42,7 +42,7 @@ class Draws:
         self._count, self._begun = count, 0
         self.classes = 1 << (self._draws - 1).bit_length()
         self.sums: dict[str, Tensor] = {}
-        self._signs = torch.Generator().manual_seed(seed)
+        self._signs = torch.Generator("cpu").manual_seed(seed)
 
     def parts(self, rows: int, run: int) -> Iterator[tuple[int, slice, Tensor]]:
         """Cut the next batch into parts, each to be summed by one call.
@@ -64,10 +64,10 @@ class Draws:
         ends = [min(piece * runs // pieces * run, rows) for piece in range(pieces + 1)]
         pairs = list(itertools.pairwise(ends))
         owners = [(self._begun + (first + last) // 2) * self.classes // count for first, last in pairs]
-        signs = torch.randint(0, 2, (1, runs), generator=self._signs) * 2.0 - 1
+        signs = torch.randint(0, 2, (1, runs), generator=self._signs, device="cpu") * 2.0 - 1
         self._begun += rows
         if rows * self._entries <= _FEW:
-            own = torch.zeros(owners[-1] - owners[0] + 1, runs)
+            own = signs.new_zeros(owners[-1] - owners[0] + 1, runs)
             for owner, (first, last) in zip(owners, pairs, strict=True):
                 own[owner - owners[0], first // run : -(-last // run)] = 1
             yield owners[0], slice(0, rows), signs * own

@@ -14,7 +14,7 @@ from torch import nn
 
 from growkern import distributed
 from growkern.amplitude import best_amplitude
-from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, check_share
+from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, check_share, check_trained, listed
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
 from growkern.neurons import METHODS, NewNeurons, check_options, granularity, solve
@@ -138,30 +138,33 @@ class Grower:
         batch_dim: int = 0,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
+        check_trained(model, loss_fn, optimizer)
         check_options(method, neurons, max_neurons)
         check_choice("where", where, ("best", "all"))
         check_choice("cost", cost, ("parameters", "flops"))
         check_choice("kernel", kernel, KERNELS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_count("null_draws", null_draws)
+        check_count("max_parameters", 0 if max_parameters is None else max_parameters)
         check_share("held_out", held_out)
         if not isinstance(when, Collection):
             raise ValueError(f"when: expected 'always', 'pays' or a collection of epochs, got {when!r}")
         if isinstance(when, str):
             check_choice("when", when, ("always", "pays"))
         if when == "pays" and METHODS[method].starts_at_zero != "neither":
-            raise ValueError(
-                f"when: 'pays' compares what neurons remove at once, and those of {method!r} start at zero"
-            )
+            raise ValueError(f"when: 'pays' compares what neurons remove at once; those of {method!r} start at zero")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.where, self.when, self.update, self.cost = where, when, update, cost
         self.max_neurons, self.max_parameters = max_neurons, max_parameters
-        self.sites = None if sites is None else list(sites)
+        self.sites = None if sites is None else listed("sites", sites, "a list of growth sites")
         self._method, self._neurons, self._paired = method, neurons, paired
-        draws = null_draws if neurons == "auto" else 0
         self._held_out = held_out if METHODS[method].starts_at_zero == "neither" else 0.0
         self._passes: dict[str, Any] = {"reduction": reduction, "group": group, "batch_dim": batch_dim}
-        self._collect: dict[str, Any] = {"kernel": kernel, "null_draws": draws, **self._passes}
+        self._collect: dict[str, Any] = {
+            "kernel": kernel,
+            "null_draws": null_draws * (neurons == "auto"),
+            **self._passes,
+        }
         self._turn = 0
 
     def due(self, epoch: int) -> bool:
@@ -170,7 +173,7 @@ class Grower:
 
     def locate(self, batches: Iterable[tuple[Any, Any]]) -> list[GrowthSite]:
         """Find the sites that it may grow, unless they were given or found; `step` does so by itself."""
-        return self._located(Passes(self.model, list(batches), self.loss_fn, **self._passes))
+        return self._located(Passes(self.model, batches, self.loss_fn, **self._passes))
 
     def state_dict(self) -> dict[str, Any]:
         """Give what the next step depends on besides model and optimizer, as plain data."""
@@ -178,8 +181,11 @@ class Grower:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the grower did whose `state_dict` this is."""
-        sites = [GrowthSite(each["producer"], each["consumer"], tuple(each["between"])) for each in state["sites"]]
-        self._turn, self.sites = state["turn"], sites or self.sites
+        try:
+            sites = [GrowthSite(**each) for each in state["sites"]]
+            self._turn, self.sites = state["turn"], sites or self.sites
+        except (KeyError, TypeError):
+            raise ValueError("state: expected what Grower.state_dict gives, got something else") from None
 
     def step(self, batches: Iterable[tuple[Any, Any]]) -> GrowthEvent:
         """Grow once: measure, solve, choose, line-search, widen.
@@ -200,9 +206,8 @@ class Grower:
         ValueError
             As `collect` and `solve` do, or if the model has no site that can grow.
         """
-        passes, search = Passes(self.model, list(batches), self.loss_fn, **self._passes).divided(self._held_out)
-        if not (sites := self._located(passes)):
-            raise ValueError("model: found no site that can grow; the logger 'growkern.sites' says why at level INFO")
+        passes, search = Passes(self.model, batches, self.loss_fn, **self._passes).divided(self._held_out)
+        sites = self._located(passes)
         if self.where == "best" and self._method == "random":
             self._turn += 1
             return self._grow([sites[(self._turn - 1) % len(sites)]], passes, search)
@@ -226,6 +231,8 @@ class Grower:
     def _located(self, passes: Passes) -> list[GrowthSite]:
         if self.sites is None:
             self.sites = reachable_sites(passes, self._collect["kernel"])
+        if not self.sites:
+            raise ValueError("sites: expected at least one growth site, got none")
         return self.sites
 
     def _grow(self, sites: Sequence[GrowthSite], passes: Passes, search: Passes) -> GrowthEvent:
@@ -294,8 +301,9 @@ class Grower:
             if not any(self._room(m) is None or self._room(m) for m in moments.values()):
                 return name, found[name], "the budget of parameters or neurons is spent"
             above = "no neuron stands above chance" if self._neurons == "auto" else "no direction is left to add"
-            few = any(new.noise == math.inf for new in found.values())
-            return name, found[name], above + "; some have more units than samples can tell apart" * few
+            above = above if any(new.bottleneck + new.reachable for new in found.values()) else "all gradients are zero"
+            few = any(found[n].noise == math.inf or m.samples <= len(m.hh) for n, m in moments.items())
+            return name, found[name], above + "; samples are few for what layers read: give more batches" * few
         if self.when == "pays":
             paying = [n for n, new in found.items() if len(new) and _pays(moments[n], new)]
             if not paying:

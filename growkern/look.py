@@ -59,8 +59,15 @@ def bottlenecks(
     -------
     Bottlenecks
         ``print`` it, or read its `rows`; the largest bottleneck first.
+
+    Raises
+    ------
+    ValueError
+        As `collect` does, or if the model has no site that can grow; the message says why.
+    RuntimeError
+        As `find_sites` does.
     """
-    passes = Passes(model, list(batches), loss_fn)
+    passes = Passes(model, batches, loss_fn)
     rows = []
     moments = collect(model, sites or reachable_sites(passes, "full"), passes.batches, loss_fn)
     for name, new in solve(moments).items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern import distributed, storage
-from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count
+from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, listed
 from growkern.eval_mode import evaluating
 from growkern.passes import Passes
 from growkern.probe import LossFn, Probe, draws_of, measured_together, residuals_together, share_uniform
@@ -126,8 +126,7 @@ class Moments:
     def load(cls, path: str | os.PathLike[str]) -> Moments:
         """Read what `save` wrote; a file that is not that, whole, is a ValueError."""
         tensors, facts = storage.read(path, "moments")
-        site = facts.pop("site")
-        return cls(GrowthSite(**site | {"between": tuple(site["between"])}), **(facts | tensors))
+        return cls(GrowthSite(**facts.pop("site")), **(facts | tensors))
 
 
 def collect(
@@ -184,8 +183,8 @@ def collect(
     check_choice("kernel", kernel, KERNELS)
     check_choice("reduction", reduction, REDUCTIONS)
     check_count("null_draws", null_draws)
-    sites = [sites] if isinstance(sites, GrowthSite) else list(sites)
-    run = Passes(model, list(batches), loss_fn, reduction, group, batch_dim)
+    sites = [sites] if isinstance(sites, GrowthSite) else listed("sites", sites, "growth sites")
+    run = Passes(model, batches, loss_fn, reduction, group, batch_dim)
     probes = {probe.site.name: probe for probe in (Probe(model, site, kernel, batch_dim) for site in sites)}
     if not probes:
         raise ValueError("sites: expected at least one growth site, got none")

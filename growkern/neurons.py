@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from growkern.arguments import check_choice, check_count
+from growkern.arguments import check_choice, check_count, check_instance
 from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
@@ -164,6 +164,7 @@ def solve(
     check_options(method, neurons, max_neurons)
     if isinstance(moments, Moments):
         return solve({"": moments}, method=method, neurons=neurons, max_neurons=max_neurons, paired=paired)[""]
+    check_instance("moments", moments, Mapping, "Moments or a dict of them")
     for each in moments.values():
         _check(each, method, neurons, paired)
 
@@ -171,10 +172,7 @@ def solve(
         alone = id(each) if METHODS[method].starts_at_zero == "fan_out" else None  # random numbers come in order
         return each.smooth, each.multiple, each.x_mean is None, alone
 
-    def run(m: Stack, by_eigenvectors: bool) -> Solution:
-        return _solve(m, method, neurons, max_neurons, paired, by_eigenvectors)
-
-    found = solve_together(moments, alike, run)
+    found = solve_together(moments, alike, lambda m, by: _solve(m, method, neurons, max_neurons, paired, by))
     return {
         name: NewNeurons(site=each.site, method=method, kernel=each.kernel, **found[name])
         for name, each in moments.items()
@@ -195,7 +193,7 @@ def _solve(
     bottleneck = (power - reachable).clamp_min(0)
     unreachable = m.xr if m.xr is not None else m.xv - m.xh @ update  # type: ignore[operator]  # N (B, p, r·offsets)
     target = unreachable if rule.project else m.xv.double()
-    xx, x = _metric(m, rule, hh, by_eigenvectors)
+    x = _whitening(m, rule, hh, by_eigenvectors) if rule.whiten_x else None
     v = Factor(m.vv, None, m.dtype, by_eigenvectors) if rule.whiten_v else None
     sound = [factor.sound for factor in (hh, x, v) if factor is not None]
 
@@ -223,7 +221,9 @@ def _solve(
 
     slope = m.numbers([each.slope * units for each in m.parts])
     linear = (alpha @ unreachable * omega.mT).sum((1, 2))  # ⟨Σ α ωᵀ, N⟩
-    removed = 2 * linear - ((times(alpha, xx) @ alpha.mT) * (omega.mT @ omega)).sum((1, 2))
+    # α xx αᵀ, where α = L⁻ᵀ u √λ and xx = L Lᵀ
+    spread = times(alpha, m.xx) @ alpha.mT if x is None else u.mT @ u * (values[:, None] * values[..., None]).sqrt()
+    removed = 2 * linear - (spread * (omega.mT @ omega)).sum((1, 2))
     gain = slope * (alpha.to(m.xv.dtype) @ m.xv * omega.mT).sum((1, 2))  # to the rounding of what was measured
     gain = gain * m.numbers([each.count if each.reduction == "sum" else 1 for each in m.parts])
     if rule.schur and hh is not None:
@@ -273,16 +273,16 @@ def _check(moments: Moments, method: str, neurons: int | str, paired: bool) -> N
         raise ValueError(f"moments: site {site.name!r} has neither xr nor xh; measure it with collect()")
 
 
-def _metric(m: Stack, rule: Method, hh: Factor | None, by_eigenvectors: bool) -> tuple[Tensor, Factor | None]:
-    """Give the quadratic form of new neurons, (B, p, p), and its factor where x is whitened."""
+def _whitening(m: Stack, rule: Method, hh: Factor | None, by_eigenvectors: bool) -> Factor:
+    """Factor of the quadratic form of new neurons, (B, p, p)."""
     if not rule.schur:
-        return m.xx, Factor(m.xx, None, m.dtype, by_eigenvectors) if rule.whiten_x else None
+        return Factor(m.xx, None, m.dtype, by_eigenvectors)
     assert m.xh is not None and hh is not None  # noqa: PT018
     passed = hh.whiten(m.xh.mT)  # (B, q, p)
     complement = m.xx - passed.mT @ passed
     apart = m.apart & (complement.diagonal(dim1=1, dim2=2) > 0)
     complement = complement * apart[:, None] * apart[..., None]
-    return complement, Factor(complement, m.xx.diagonal(dim1=1, dim2=2) * apart, m.dtype, by_eigenvectors)
+    return Factor(complement, m.xx.diagonal(dim1=1, dim2=2) * apart, m.dtype, by_eigenvectors)
 
 
 def _scaled(

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from growkern import distributed
+from growkern.arguments import check_trained, listed
 from growkern.eval_mode import evaluating, fixed_norms, same_draws
 from growkern.probe import LossFn, Probe
-from growkern.sites import GrowthSite, find_sites, logger, resolve
+from growkern.sites import GrowthSite, logger, resolve, survey
 
 _TOGETHER_BYTES = 64 * 2**20  # of x, h and v that sites measured in one go may hold on a GPU
 
 
-@dataclass
 class Passes:
     """Forward and backward passes over the batches; every call of a method draws the same random numbers."""
 
-    model: nn.Module
-    batches: Sequence[tuple[Any, Any]]
-    loss_fn: LossFn
-    reduction: str = "mean"
-    group: torch.distributed.ProcessGroup | None = None
-    batch_dim: int = 0
-
-    def __post_init__(self) -> None:
-        self.device = device_of(self.model)
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Any, Any]],
+        loss_fn: LossFn,
+        reduction: str = "mean",
+        group: torch.distributed.ProcessGroup | None = None,
+        batch_dim: int = 0,
+    ) -> None:
+        check_trained(model, loss_fn)
+        self.model, self.loss_fn, self.reduction = model, loss_fn, reduction
+        self.group, self.batch_dim, self.device = group, batch_dim, device_of(model)
+        self.batches: list[tuple[Any, Any]] = listed("batches", batches, "(input, target) pairs")
         if self.total(int(not self.batches)):
             raise ValueError("batches: expected at least one (input, target) pair in every process, got none")
 
@@ -45,7 +49,9 @@ class Passes:
         if not share or self.total(int(size < 2)):  # in any process of a group
             return self, self
         first = size - min(max(int(size * share), 1), size - 1)
-        return replace(self, batches=self.batches[:first]), replace(self, batches=self.batches[first:])
+        measured, held_out = copy.copy(self), copy.copy(self)
+        measured.batches, held_out.batches = self.batches[:first], self.batches[first:]
+        return measured, held_out
 
     def sweep(
         self, probes: Mapping[str, Probe], measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]]
@@ -164,23 +170,26 @@ class Passes:
 
     def _rows(self, args: tuple[Any, ...]) -> int:
         """Images or sequences of a batch: the size of its first tensor along the batch dimension."""
-        for tensor in _leaves(args):
+        for tensor in leaves(args):
+            if not -tensor.dim() <= self.batch_dim < tensor.dim():
+                shape = tuple(tensor.shape)
+                raise ValueError(f"batch_dim: expected a dimension of an input of shape {shape}, got {self.batch_dim}")
             return tensor.shape[self.batch_dim]
         raise ValueError("batches: expected a tensor among the inputs of the model, got none")
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of a model's first parameter; a model without any is a ValueError."""
+    """Device of a model's first parameter; a model without any, or without values, is a ValueError."""
     for parameter in model.parameters():
+        if parameter.is_meta:
+            raise ValueError("model: its parameters are on the meta device and have no values to grow from")
         return parameter.device
     raise ValueError(f"model: {type(model).__name__} has no parameters, so nothing in it can grow")
 
 
-def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[tuple[Any, ...], Any]:
-    """Arguments of the model, and the target, of one (input, target) pair, on a device; else a ValueError."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(f"batches: expected (input, target) pairs, got {type(batch).__name__}")
-    args, target = (_moved(part, device) for part in batch)
+def to_device(batch: Any, device: torch.device, name: str = "batches") -> tuple[tuple[Any, ...], Any]:
+    """Arguments of the model, and the target, of one (input, target) pair, on a device; see `pair`."""
+    args, target = (_moved(part, device) for part in pair(batch, name))
     return tuple(args) if isinstance(args, tuple | list) else (args,), target
 
 
@@ -201,32 +210,56 @@ def _lowest(edges: Sequence[Any]) -> list[Any]:
     return [edge for edge in edges if not above[edge.node]]
 
 
+def pair(batch: Any, name: str = "batches") -> tuple[Any, Any]:
+    """Input and target of a batch; what is no pair is a ValueError that names the argument it came in."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        count = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ValueError(
+            f"{name}: expected (input, target) pairs, where a tuple holds several inputs, got "
+            f"{type(batch).__name__}{count}"
+        )
+    return batch[0], batch[1]
+
+
 def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors on a device, also those in tuples, lists and dicts."""
+    """Tensors on a device, also those in tuples, lists and dicts, and what else has a method `to`."""
     if isinstance(value, Tensor):
+        value = value.clone() if value.is_inference() else value  # those of inference mode take part in no graph
         return value.to(device, non_blocking=True)
+    if callable(getattr(value, "to", None)):
+        return value.to(device)
     if isinstance(value, dict):
-        return type(value)({key: _moved(each, device) for key, each in value.items()})
-    if type(value) in (tuple, list):
-        return type(value)(_moved(each, device) for each in value)
-    return value
+        copied = copy.copy(value)
+        copied.update({key: _moved(each, device) for key, each in value.items()})
+        return copied
+    if not isinstance(value, tuple | list):
+        return value
+    parts = [_moved(each, device) for each in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
-def _leaves(value: Any) -> Iterator[Tensor]:
+def leaves(value: Any) -> Iterator[Tensor]:
     """Tensors with a batch dimension, also those in tuples, lists and dicts."""
     if isinstance(value, Tensor) and value.dim():
         yield value
-    elif isinstance(value, dict | tuple | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(each)
+    elif isinstance(value, Mapping | tuple | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from leaves(each)
 
 
 def reachable_sites(passes: Passes, kernel: str) -> list[GrowthSite]:
-    """Sites of a model that the loss sends a gradient to, and to which `kernel` applies; the others are logged."""
-    found = find_sites(passes.model, to_device(passes.batches[0], passes.device)[0])
+    """Sites of a model that the loss sends a gradient to, and to which `kernel` applies; none is a ValueError."""
+    found, reasons = survey(passes.model, to_device(passes.batches[0], passes.device)[0])
     if kernel == "center":
-        found = [site for site in found if not resolve(passes.model, site).between.flatten]
-    reached = passes.reached(found)
-    for site in set(found) - set(reached):
-        logger.info("%s is left out: no gradient of the loss reaches it", site)
+        whole = [site for site in found if resolve(passes.model, site).between.flatten]
+        found = [site for site in found if site not in whole]
+        reasons += [f"{site}: kernel='center' has no meaning where a consumer reads a whole map" for site in whole]
+    reached = passes.reached(found) if found else []
+    for site in found:
+        if site not in reached:
+            reasons.append(f"{site}: no gradient of the loss reaches it")
+            logger.info("left out: %s", reasons[-1])
+    if not reached:
+        why = "; ".join(reasons) or "no Linear or Conv2d alone reads another's through activations, norms and pooling"
+        raise ValueError(f"model: found no site that can grow: {why}")
     return reached

@@ -135,7 +135,9 @@ class Probe:
         def writes(_: nn.Module, args: tuple[Any, ...], z: Tensor) -> None:
             if self._listening and z.requires_grad:
                 self._edge = torch.autograd.graph.get_gradient_edge(z)
-                z.register_hook(self._arrived)
+                arrived = self._arrived
+                # A loss may differentiate by itself, as gradient penalties do: that is not the gradient wanted.
+                z.register_hook(lambda gradient: None if self._listening else arrived(gradient))
 
         handles = [
             self.layers.producer.register_forward_pre_hook(reads("x"), with_kwargs=True),
@@ -166,7 +168,8 @@ class Probe:
             raise ValueError(f"site {self.site.name!r}: the forward pass did not call both of its layers")
         if self._edge is None:
             raise ValueError(
-                f"site {self.site.name!r}: no gradient flows to {self.site.consumer}; is everything frozen?"
+                f"site {self.site.name!r}: no gradient flows to {self.site.consumer}; is everything frozen, or in "
+                "torch.utils.checkpoint without use_reentrant=False?"
             )
         return self._edge
 

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from growkern import between as _between
+from growkern.arguments import check_instance
 from growkern.between import Between
+from growkern.layers import check_own, growable
 from growkern.trace import chains
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,11 @@ class GrowthSite:
     producer: str
     consumer: str
     between: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.between, str) or not all(isinstance(n, str) for n in (self.producer, self.consumer)):
+            raise ValueError(f"GrowthSite: expected two names and a tuple of names such as ('relu()',), got {self!r}")
+        object.__setattr__(self, "between", tuple(self.between))
 
     @property
     def name(self) -> str:
@@ -76,12 +83,11 @@ def resolve(model: nn.Module, site: GrowthSite) -> Layers:
     ValueError
         If a module does not exist or cannot grow; the message says which and why.
     """
-    if not isinstance(site, GrowthSite):
-        raise ValueError(f"sites: expected GrowthSite, got {type(site).__name__}")
+    check_instance("sites", site, GrowthSite)
     try:
         if site.producer == site.consumer:
             raise ValueError("producer and consumer are one layer")
-        producer, consumer = _layer(model, site.producer), _layer(model, site.consumer)
+        producer, consumer = growable(model, site.producer), growable(model, site.consumer)
         between = _between.resolve(model, site.between)
         if isinstance(producer, nn.Linear) and (isinstance(consumer, nn.Conv2d) or between.pools or between.flatten):
             raise ValueError("a Linear producer needs a Linear consumer, with no pooling or flattening between")
@@ -89,7 +95,7 @@ def resolve(model: nn.Module, site: GrowthSite) -> Layers:
             raise ValueError("a Conv2d producer needs a Conv2d consumer, or flattening ahead of a Linear one")
         units, reads, norm = producer.weight.shape[0], consumer.weight.shape[1], between.norm
         if norm is not None:
-            _check_own(model, norm, "its norm")
+            check_own(model, norm, "its norm")
             if (channels := norm.weight.numel()) != units:  # type: ignore[operator]
                 raise ValueError(f"its norm has {channels} channels, which does not fit {units} hidden units")
         if reads % units if between.flatten else reads != units:
@@ -118,10 +124,21 @@ def find_sites(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list
     list of GrowthSite
         In the order in which the model calls the producers.
 
-    A model that cannot be traced is a RuntimeError, which says where, and how to name sites by hand.
+    Raises
+    ------
+    ValueError
+        If the model is a wrapper, or cannot be called with the inputs.
+    RuntimeError
+        If it cannot be traced; the message says where, and how to name sites by hand.
     """
+    return survey(model, example_inputs)[0]
+
+
+def survey(model: nn.Module, example_inputs: Any) -> tuple[list[GrowthSite], list[str]]:
+    """Find the sites of a model, as `find_sites` does, and for each place that is none after all the reason."""
+    check_instance("model", model, nn.Module)
     inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
-    sites = []
+    sites, reasons = [], []
     for chain in chains(model, inputs):
         site = GrowthSite(chain.producer, chain.consumer, chain.between)
         obstacle = chain.obstacle
@@ -130,33 +147,10 @@ def find_sites(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list
             if not (layers.producer.weight.requires_grad or layers.consumer.weight.requires_grad):
                 obstacle = "both of its layers are frozen"
         except ValueError as error:
-            obstacle = str(error)
+            obstacle = str(error).removeprefix(f"site {site.name!r}: ")
         if obstacle:
-            logger.info("%s is left out: %s", site, obstacle)
+            reasons.append(f"{site}: {obstacle}")
+            logger.info("left out: %s", reasons[-1])
         else:
             sites.append(site)
-    return sites
-
-
-def _layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
-    layer = model.get_submodule(name)
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        raise ValueError(f"{name} is a {type(layer).__name__}; expected Linear or Conv2d")
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1:
-            raise ValueError(f"{name} has groups={layer.groups}; only groups=1 can grow")
-        if layer.padding_mode != "zeros":
-            raise ValueError(f"{name} has padding_mode={layer.padding_mode!r}; only 'zeros' can grow")
-    _check_own(model, layer, name)
-    return layer
-
-
-def _check_own(model: nn.Module, layer: nn.Module, name: str) -> None:
-    """Refuse a layer whose weight or bias is computed, or is another module's too."""
-    for own in ("weight", "bias"):
-        parameter = layer._parameters.get(own)
-        if parameter is None and getattr(layer, own) is not None:
-            raise ValueError(f"{name}.{own} is computed (a parametrization, pruning or the like), not a parameter")
-        holders = sum(parameter is p for module in model.modules() for p in module._parameters.values())
-        if parameter is not None and holders > 1:
-            raise ValueError(f"{name}.{own} is shared with another module")
+    return sites, reasons

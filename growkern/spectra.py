@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,36 +46,37 @@ def top_singular(
         None where this would not pay: many are wanted, or they converge slowly.
     """
     *lead, s, block = start.shape
-    fresh, steps, look, before = torch.linalg.qr(start.view(s, block))[0], 0, 2, (0, 1.0)
-    basis, projected = fresh[:, :0], fresh.new_zeros(0, 0)
-    while basis.shape[1] < s // 3:
-        basis = torch.cat([basis, fresh], 1)
-        image = square(fresh.reshape(start.shape)).reshape(s, block)
-        along = basis.mT @ image
-        image = image - basis @ along
-        fresh, rest = torch.linalg.qr(image - basis @ (basis.mT @ image))
-        projected = torch.cat([torch.nn.functional.pad(projected, (0, 0, 0, block)), along], 1).triu()
+    fresh, steps, look, before = torch.linalg.qr(start.view(s, block))[0].mT, 0, 2, (0, 1.0)
+    basis, projected = fresh[:0], fresh.new_zeros(0, 0)  # vectors in rows: products are faster narrow side first
+    while len(basis) < s // 3:
+        basis = torch.cat([basis, fresh])
+        image = square(fresh.mT.view(start.shape)).view(s, block).mT
+        along = image @ basis.mT
+        image = torch.addmm(image, along, basis, alpha=-1)
+        fresh, rest = torch.linalg.qr(torch.addmm(image, image @ basis.mT, basis, alpha=-1).mT)
+        fresh = fresh.mT
+        projected = torch.cat([torch.nn.functional.pad(projected, (0, block)), along])
         steps += 1
         if steps < look:  # to look takes time too
             continue
         look = max(steps + (2 if steps == 2 else 1), steps * 5 // 4)
-        w, vectors = ops.eigh(projected.mT)  # of which the lower triangle counts
-        w, vectors = w.flip(0), vectors.flip(1)
+        values, vectors = ops.eigh(projected)  # of which the lower triangle counts
+        values, vectors = values.flip(0), vectors.flip(1)
         beyond = rest @ vectors[-block:]  # TᵀT basis vectors = basis vectors w + fresh beyond
-        residuals = beyond.norm(dim=0)
-        count = min(most, int((w > above**2).sum()))
+        w, residuals = torch.stack([values, beyond.norm(dim=0)]).tolist()
+        count = min(most, sum(each > above**2 for each in w))
         if _VECTORS * count > s // 3:
             return None
         if count == len(w):
             continue
-        if count >= block and bool((w[: count - block + 1] - w[block - 1 : count] <= 1e-6 * w[0]).any()):
+        if any(w[i - block + 1] - w[i] <= 1e-6 * w[0] for i in range(block - 1, count)):
             return None  # a block finds as many equal values as it has columns, and there may be more
-        others_below = count == most or bool(w[count] + residuals[count] <= above**2)
+        others_below = count == most or w[count] + residuals[count] <= above**2
         # An eigenvalue is no further off than its residual, so that λ is within 1e-4 down to 2.5e-5 of the largest.
-        worst = float((residuals[:count] / (w[:count] * w[0]).sqrt()).max()) if count else 0.0
+        worst = max((r / math.sqrt(each * w[0]) for r, each in zip(residuals[:count], w, strict=False)), default=0.0)
         if others_below and worst <= _RESIDUAL:
-            found = basis @ vectors[:, :count] + fresh @ (beyond[:, :count] / w[:count])  # one power further
-            return w[:count].sqrt().view(*lead, -1), found.view(*lead, s, -1)
+            found = vectors[:, :count].mT @ basis + (beyond[:, :count] / values[:count]).mT @ fresh  # one power further
+            return values[:count].sqrt().view(*lead, -1), found.mT.view(*lead, s, -1)
         rate = (worst / before[1]) ** (1 / (steps - before[0]))
         left = s // 3 // block - steps
         # In a bulk of noise it is too slow to pay; but beyond caches a whole decomposition costs much more.
@@ -187,27 +189,23 @@ def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor
     low, high : Tensor
         (...,) infinity and 0 where all of S is 0.
     """
-    # Lanczos' method for S a S and for its inverse, side by side.
-    up = scale[..., None]
-    down = torch.where(up > 0, up, torch.inf).reciprocal()
-
-    def both(q: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(lower, down * q[..., 1:], upper=False)
-        inverse = torch.linalg.solve_triangular(lower.mT, half, upper=True)  # cholesky_solve copies a batch's factor
-        return torch.cat([up * (a @ (up * q[..., :1]).to(a.dtype)), down * inverse], -1)
-
-    start = torch.arange(a.shape[-1], dtype=lower.dtype, device=a.device).mul(2.4).cos()[:, None] * (up > 0)
-    new = torch.cat([start, start], -1)
-    old, length = torch.zeros_like(new), new.norm(dim=-2, keepdim=True)
+    # Lanczos' method for S a S and for its inverse, side by side, with vectors in rows.
+    seen = scale > 0
+    both = torch.stack([scale, torch.where(seen, scale, torch.inf).reciprocal()], -2)  # (..., 2, n)
+    new = (torch.arange(a.shape[-1], dtype=lower.dtype, device=a.device).mul(2.4).cos() * seen)[..., None, :]
+    old, length = torch.zeros_like(both), new.norm(dim=-1, keepdim=True)
     diagonal, below = [], []
     for _ in range(_CONDITION_STEPS):
         old, new = new / length.clamp_min(1e-300), old
-        new = both(old) - length * new
-        diagonal.append((old * new).sum(-2, keepdim=True))
+        up, down = (both * old).split(1, -2)
+        down = torch.linalg.solve_triangular(lower, down.mT, upper=False)
+        down = torch.linalg.solve_triangular(lower.mT, down, upper=True)  # cholesky_solve copies a batch's factor
+        new = torch.cat([up.to(a.dtype) @ a, down.mT], -2) * both - length * new
+        diagonal.append(torch.linalg.vecdot(old, new)[..., None])
         new = new - diagonal[-1] * old
-        length = new.norm(dim=-2, keepdim=True)
+        length = new.norm(dim=-1, keepdim=True)
         below.append(length)
-    main, side = (torch.cat(each, -2).mT for each in (diagonal, below[:-1]))  # (..., 2, steps)
+    main, side = torch.cat(diagonal, -1), torch.cat(below[:-1], -1)  # (..., 2, steps)
     projected = torch.diag_embed(main) + torch.diag_embed(side, -1)  # of which the lower triangle counts
     top = ops.eigh(projected)[0][..., -1]
     return top[..., 1].reciprocal(), top[..., 0]

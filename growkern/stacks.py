@@ -52,7 +52,7 @@ class Stack:
 
     def numbers(self, values: Sequence[float]) -> Tensor:
         """Give one number for each site, (B,) in float64, to the device without waiting for it."""
-        numbers = torch.tensor(values, dtype=torch.float64)
+        numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
         return numbers.pin_memory().to(self.xx.device, non_blocking=True) if self.xx.is_cuda else numbers
 
     @cached_property
@@ -121,8 +121,10 @@ def solve_together(
             tables.append(_table(stacked, solutions[-1]))
             del stacked
         for names, solution, table in zip(together, solutions, _to_host(tables), strict=True):
-            for row, (name, column) in enumerate(zip(names, table, strict=True)):
-                fields = _unstacked(left[name], solution, row, column)
+            rows = zip(*(tensor.unbind() for tensor in solution.tensors.values()), strict=True)
+            for name, row, column in zip(names, rows, table, strict=True):
+                numbers = dict(zip(solution.facts, column[3:], strict=True))
+                fields = _unstacked(left[name], dict(zip(solution.tensors, row, strict=True)), column[:3], numbers)
                 found |= {} if fields is None else {name: fields}
         left = {name: each for name, each in left.items() if name not in found}
     if left:
@@ -136,7 +138,7 @@ def stack(parts: Sequence[Moments]) -> Stack:
     tensors = {name: padded([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
     rows = [tensor.flatten(1) for tensor in tensors.values() if tensor.numel()]
     ends = [end(1) for each in rows for end in (each.amin, each.amax)]  # NaN is passed on; `aminmax` takes longer
-    finite = torch.stack([end.double() for end in ends]).isfinite().all(0)
+    finite = torch.stack(ends).isfinite().all(0)
     wide = {name: tensor if name in _AS_MEASURED else tensor.double() for name, tensor in tensors.items()}
     return Stack(list(parts), parts[0].offsets, parts[0].vv.dtype, finite, **wide)
 
@@ -172,9 +174,11 @@ def _to_host(tables: Sequence[Tensor]) -> list[list[list[float]]]:
     return out
 
 
-def _unstacked(moments: Moments, solution: Solution, row: int, column: list[float]) -> dict[str, Any] | None:
+def _unstacked(
+    moments: Moments, tensors: Mapping[str, Tensor], column: Sequence[float], numbers: Mapping[str, float]
+) -> dict[str, Any] | None:
     """Fields of one site without padding; None if its moments have no such factors."""
-    finite, sound, count, *numbers = column
+    finite, sound, count = column
     if not finite:
         names = [name for name, tensor in moments.tensors().items() if not tensor.isfinite().all()]
         raise ValueError(f"moments: {', '.join(names)} of site {moments.site.name!r} is not finite")
@@ -184,10 +188,9 @@ def _unstacked(moments: Moments, solution: Solution, row: int, column: list[floa
     sizes = {"alpha": (k, p), "omega": (t, k), "singular_values": (k,), "best_update": (r, q)}
     sizes |= {"mean": (k,), "variance": (k,)}
     fields: dict[str, Any] = {"mean": None, "variance": None, "noise": None, "cut": 0}
-    for name, tensor in solution.tensors.items():
-        part = tensor[row]
+    for name, part in tensors.items():
         for dim, size in enumerate(sizes[name]):
             part = part if part.shape[dim] == size else part.narrow(dim, 0, size)
         fields[name] = part.clone(memory_format=torch.contiguous_format)
-    fields.update(zip(solution.facts, numbers, strict=True))
+    fields |= numbers
     return fields | {name: int(fields[name]) for name in ("rank", "cut")}

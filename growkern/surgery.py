@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growkern.arguments import check_instance, check_optimizer
 from growkern.neurons import METHODS, NewNeurons
 from growkern.sites import Layers, resolve
 
@@ -50,12 +51,14 @@ def apply(
         If `new` does not fit the model any more, or the optimizer holds state that is not per parameter entry.
         Nothing has been changed then.
     """
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    held = set() if optimizer is None else {p for group in optimizer.param_groups for p in group["params"]}
-    if optimizer is not None and held.isdisjoint(model.parameters()):
-        raise ValueError("optimizer: it holds none of the model's parameters")
-    _plan(model, new, scale, update).commit(optimizer)
+    check_instance("new", new, NewNeurons)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    with torch.inference_mode(False):  # a Parameter made in that mode could never be trained
+        plan = _plan(model, new, scale, update)
+        if optimizer is not None:
+            check_optimizer(optimizer, model, {module._parameters.get(name) for module, name, _ in plan.tensors})
+        plan.commit(optimizer)
 
 
 @contextmanager
@@ -92,14 +95,13 @@ class _Plan:
             if old is not None:
                 new = nn.Parameter(value, requires_grad=old.requires_grad)
                 new.__dict__.update(old.__dict__)
+                new._backward_hooks = old._backward_hooks  # the user's hooks, whose handles can still remove them
+                new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
                 new.grad = None if old.grad is None else _widened(old.grad, value)
                 replaced[old] = new
         states = {} if optimizer is None else _states(optimizer, replaced)
-        groups = (
-            []
-            if optimizer is None
-            else [(g, [replaced.get(p, p) for p in g["params"]]) for g in optimizer.param_groups]
-        )
+        groups = [] if optimizer is None else optimizer.param_groups
+        regrouped = [(group, [replaced.get(p, p) for p in group["params"]]) for group in groups]
         for module, name, value in self.tensors:
             if (old := module._parameters.get(name)) is not None:
                 module._parameters[name] = replaced[old]
@@ -107,7 +109,7 @@ class _Plan:
                 module._buffers[name] = value
         for module, name, size in self.attributes:
             setattr(module, name, size)
-        for group, parameters in groups:
+        for group, parameters in regrouped:
             group["params"] = parameters
         for old, state in states.items():
             del optimizer.state[old]  # type: ignore[union-attr]
@@ -124,8 +126,7 @@ def _plan(model: nn.Module, new: NewNeurons, scale: float, update: bool) -> _Pla
 
     if norm is not None:
         alpha, omega = _plan_norm(plan, layers, new, alpha, omega, size)
-    bias = producer.bias is not None
-    weight = alpha[:, :-1] if bias else alpha
+    weight = alpha if producer.bias is None else alpha[:, :-1]
     fan_in = weight.reshape(-1, *producer.weight.shape[1:])
     plan.tensors.append((producer, "weight", _extended(producer.weight, fan_in)))
     if producer.bias is not None:
@@ -164,9 +165,7 @@ def _plan_norm(
         variance = (second - mean.square()).repeat_interleave(group)
         mean = mean.repeat_interleave(group)
     undo = ((factor.square() * variance).to(norm.weight) + norm.eps).sqrt() / factor.to(norm.weight)
-    rest = torch.ones_like(undo)
-    if layers.between.homogeneous:
-        rest = _ratio(norm.weight.detach().abs().mean(), undo, new)
+    rest = _ratio(norm.weight.detach().abs().mean(), undo, new) if layers.between.homogeneous else torch.ones_like(undo)
     plan.tensors += [(norm, "weight", _extended(norm.weight, undo * rest))]
     plan.tensors += [(norm, "bias", _extended(norm.bias, mean.to(rest) * rest))]
     if isinstance(norm, nn.GroupNorm):
@@ -234,19 +233,17 @@ def _widened(old: Tensor, like: Tensor) -> Tensor:
 def _states(optimizer: torch.optim.Optimizer, replaced: dict[Any, nn.Parameter]) -> dict[Any, dict[str, Any]]:
     """State of the replaced parameters at their new shapes."""
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("optimizer: LBFGS keeps one flat history for all parameters, which cannot grow")
+        raise ValueError("optimizer: LBFGS keeps one flat history, which cannot grow; pass None and make it anew after")
     states = {}
-    for old, new in replaced.items():
-        if old not in optimizer.state:
-            continue
+    for old in [parameter for parameter in replaced if parameter in optimizer.state]:
         state = dict(optimizer.state[old])
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == old.shape:
-                state[name] = _widened(value, new)
+                state[name] = _widened(value, replaced[old])
             elif isinstance(value, Tensor) and value.numel() > 1:
                 raise ValueError(
                     f"optimizer: {type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a "
-                    f"parameter of shape {tuple(old.shape)}; only state of the parameter's own shape can grow"
+                    f"parameter of shape {tuple(old.shape)}, which cannot grow; pass None and make it anew after"
                 )
         states[old] = state
     return states

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import Tensor, fx, nn
 
 from growkern import between as _between
 from growkern.eval_mode import evaluating
@@ -46,13 +47,17 @@ def chains(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Chain]:
 
     Raises
     ------
+    ValueError
+        If the model is a wrapper, or cannot be called with the inputs.
     RuntimeError
         If the model cannot be traced.
     """
     wrapped = getattr(model, "_orig_mod", getattr(model, "module", None))
-    if isinstance(wrapped, nn.Module):
+    if isinstance(wrapped, nn.Module) and type(model).__module__.startswith("torch."):  # and no model of one's own
         inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
-        raise RuntimeError(f"model: {type(model).__name__} wraps the model to grow; pass model.{inner} instead")
+        raise ValueError(f"model: {type(model).__name__} wraps the model to grow; pass model.{inner} instead")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model: a {type(model).__name__} cannot grow; pass the module that it was made of")
     graph = _trace(model, inputs)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -81,9 +86,10 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
         with evaluating(model), torch.no_grad():
-            graph = fx.Tracer().trace(model, concrete_args=defaults or None)
-            ShapeProp(fx.GraphModule(model, graph)).propagate(*inputs)
+            graph = _Tracer().trace(model, concrete_args=defaults or None)
+            _Shapes(fx.GraphModule(model, graph)).run(*inputs)
     except Exception as error:
+        _check_call(model, inputs)
         raise RuntimeError(
             f"find_sites could not trace {type(model).__name__}: {type(error).__name__}: {str(error).strip()}\n"
             "torch.fx needs a forward without branches on the values of tensors. Name the sites by hand instead, "
@@ -91,6 +97,57 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
             "    growkern.GrowthSite('fc1', 'fc2', between=('relu()',))"
         ) from error
     return graph
+
+
+class _Tracer(fx.Tracer):
+    """Takes whole what only inherits the forward of a torch layer, and what an ``assert`` asks for as given."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        owner = next(each for each in type(m).__mro__ if "forward" in vars(each))
+        return owner.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(m, nn.Sequential)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        frame = inspect.currentframe()
+        caller = frame and frame.f_back and frame.f_back.f_back  # behind Proxy.__bool__
+        holds = _asserted(caller) if caller else None
+        return super().to_bool(obj) if holds is None else holds
+
+
+def _asserted(frame: FrameType) -> bool | None:
+    """Truth value with which the assertion passes that a frame is about to make; None if it makes none."""
+    steps = [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti]
+    for number, step in enumerate(steps[:4]):
+        if "JUMP" in step.opname:
+            fails = [at for at in steps if at.opname == "LOAD_ASSERTION_ERROR"]
+            jumps_if = "IF_TRUE" in step.opname
+            if steps[number + 1] in fails:
+                return jumps_if
+            return not jumps_if if step.argval in [at.offset for at in fails] else None
+    return None
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes at each node the shape of its tensor."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if isinstance(value, Tensor):
+            node.meta["shape"] = tuple(value.shape)
+        return value
+
+
+def _check_call(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Raise a ValueError if not the trace but the model itself fails on its inputs."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        given = ", ".join(f"{type(x).__name__}{tuple(x.shape) if isinstance(x, Tensor) else ''}" for x in inputs)
+        raise ValueError(
+            f"model: {type(model).__name__} in evaluation mode fails when called as model({given}): "
+            f"{type(error).__name__}: {error}\n"
+            "A tuple of inputs is several arguments, anything else, a dict too, is one."
+        ) from error
 
 
 def _follow(model: nn.Module, node: fx.Node) -> Iterator[Chain]:
@@ -128,7 +185,7 @@ def _describe(node: fx.Node, before: fx.Node) -> str:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+    return tuple(node.meta.get("shape", ()))
 
 
 def _is_shape_query(node: fx.Node) -> bool:

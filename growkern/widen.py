@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from growkern.arguments import check_count, check_instance, listed
 from growkern.neurons import NewNeurons
 from growkern.sites import GrowthSite, resolve
 from growkern.surgery import apply
@@ -21,7 +22,8 @@ def widen(
 ) -> None:
     """Widen sites with units whose weights are all zero; the model's function stays as it is.
 
-    ``model.load_state_dict`` then takes the state of a model that was grown to these widths.
+    ``model.load_state_dict`` then takes the state of a model that was grown to these widths. Copies of a model that
+    training keeps grow with it: ``widen(averaged.module, grower.sites, event.widths)``.
 
     Parameters
     ----------
@@ -39,11 +41,14 @@ def widen(
     ValueError
         If a name is not that of a site, or a site is wider already, or grows by groups. Nothing has changed then.
     """
+    sites = listed("sites", sites, "a list of growth sites")
+    check_instance("widths", widths, Mapping, "units by name of site")
     granules = {site.name: resolve(model, site).between.multiple for site in sites}
     units = {site.name: resolve(model, site).units for site in sites}
     for name, wanted in widths.items():
         if name not in units:
             raise ValueError(f"widths: {name!r} is no site of the model; there are {', '.join(units) or 'none'}")
+        check_count(f"widths[{name!r}]", wanted)
         if wanted < units[name]:
             raise ValueError(f"widths: {name!r} has {units[name]} units already, more than {wanted}")
         if multiple := (wanted - units[name]) % granules[name]:
@@ -59,7 +64,7 @@ def _silent(model: nn.Module, site: GrowthSite, count: int) -> NewNeurons:
     """Units that read nothing and that nothing reads."""
     layers = resolve(model, site)
     producer, consumer = layers.producer, layers.consumer
-    zeros = torch.zeros(count, dtype=torch.float64)
+    zeros = torch.zeros(count, dtype=torch.float64, device=producer.weight.device)
     reads = consumer.weight[0].numel() + (consumer.bias is not None)
     return NewNeurons(
         site=site,

@@ -183,3 +183,25 @@ def _nets() -> dict[str, Callable[[], Net]]:
 
 
 NETS = _nets()
+
+
+def asserting(branches: bool = False) -> nn.Module:
+    """A network whose forward pass asserts sizes, in a file whose assertions pytest does not rewrite."""
+
+    class Asserting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows, width = x.shape
+            assert width <= 8, f"{width} features are too many"
+            assert rows > 0 and width == 6  # noqa: PT018
+            assert not x.dim() == 3
+            if branches and rows > 3:
+                x = x[:3]
+            hidden = torch.relu(self.a(x))
+            assert hidden.shape[1] >= 8
+            return self.b(hidden)
+
+    return Asserting()

@@ -25,7 +25,7 @@ def _worker(rank: int, folder: str) -> None:
 
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", store, timedelta(seconds=8), world_size=2, rank=rank)
+    dist.init_process_group("gloo", store, timedelta(seconds=30), world_size=2, rank=rank)
     report: dict[str, str] = {}
     try:
         for name in ("conv", "linear"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict, namedtuple
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import growkern as gk
 from growkern import GrowthSite
+from growkern.passes import to_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,6 +110,77 @@ def test_loader_and_several_inputs() -> None:
     assert found.count == expected.count == 12
     for key in ("xx", "xh", "xv", "hh", "hv", "vv", "xr"):
         close(getattr(found, key), getattr(expected, key), 1e-5)
+
+
+def test_batches_and_growth_under_inference_mode_train_on() -> None:
+    """Parameters made in inference mode could never be trained, nor tensors made there measured."""
+    model, x, y = mlp(), torch.randn(20, 6), torch.randint(CLASSES, (20,))
+    optimizer = torch.optim.Adam(model.parameters())
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    sites = gk.find_sites(model, x)
+    expected = gk.collect(model, sites, [(x, y)], F.cross_entropy)
+    with torch.inference_mode():
+        found = gk.collect(model, sites, [(x.clone(), y.clone())], F.cross_entropy)
+        gk.apply(model, gk.solve(found["0"], neurons=2), optimizer=optimizer)
+    for key, tensor in expected["0"].tensors().items():
+        assert torch.equal(found["0"].tensors()[key], tensor), key
+    before = model[0].weight.detach().clone()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert len(before) == 10
+    assert (model[0].weight != before).any(1)[8:].all()
+
+
+def test_losses_that_differentiate_by_themselves() -> None:
+    """A gradient penalty calls autograd in the forward pass; here it has a closed form too."""
+    model, x, y = mlp().double(), torch.randn(20, 6, dtype=F64), torch.randint(CLASSES, (20,))
+
+    def penalised(z: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(z, target)
+        return loss + torch.autograd.grad(loss, z, create_graph=True)[0].square().sum()
+
+    def closed(z: Tensor, target: Tensor) -> Tensor:
+        gradient = (z.softmax(1) - F.one_hot(target, CLASSES)) / len(z)
+        return F.cross_entropy(z, target) + gradient.square().sum()
+
+    sites = gk.find_sites(model, x)
+    found, expected = (gk.collect(model, sites, [(x, y)], loss_fn) for loss_fn in (penalised, closed))
+    for name, moments in expected.items():
+        for key, tensor in moments.tensors().items():
+            close(found[name].tensors()[key], tensor, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_the_default_device_does_not_matter(name: str) -> None:
+    """As after `torch.set_default_device("cuda")`, of a model that is elsewhere."""
+    family = FAMILIES[name]
+    model, batches = family.build(), family.batches(12, 9)
+    sites = gk.find_sites(model, batches[0][0])
+    expected = gk.solve(gk.collect(model, sites, batches, F.cross_entropy))
+    with torch.device("meta"):
+        found = gk.solve(gk.collect(model, gk.find_sites(model, batches[0][0]), batches, F.cross_entropy))
+        gk.widen(model, sites, {sites[0].name: 20})
+    for site, new in expected.items():
+        assert found[site].noise == new.noise
+        assert torch.equal(found[site].best_update, new.best_update)
+    assert torch.isfinite(model(batches[0][0])).all()
+
+
+def test_batches_are_moved_whatever_they_come_in() -> None:
+    """PackedSequence, and what Transformers libraries hand out, know how to move themselves."""
+    Pair = namedtuple("Pair", "one two")
+    sequences = torch.nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)])
+    lists = defaultdict(list, a=[torch.zeros(1), (torch.zeros(2), 3)], b="text")
+    (first, *_, packed), target = to_device(([Pair(torch.zeros(4), 5), sequences], lists), torch.device("meta"))
+    assert first.one.is_meta
+    assert first.two == 5
+    assert packed.data.is_meta
+    assert packed.batch_sizes.device.type == "cpu"
+    assert target["a"][0].is_meta
+    assert target["a"][1][0].is_meta
+    assert (target["a"][1][1], target["b"], target["new"]) == (3, "text", [])
+    assert not lists["a"][0].is_meta
 
 
 def test_inputs_in_a_dict_are_the_same_samples() -> None:

@@ -181,7 +181,9 @@ def test_nothing_above_chance_is_a_rejection():
     assert_same(before, snapshot(model, optimizer))
     wide = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
     few = gk.Grower(wide, torch.optim.SGD(wide.parameters(), 0.1), F.mse_loss).step([(x[:40], noise[:40])])
-    assert "more units than samples can tell apart" in few.reason
+    assert "give more batches" in few.reason
+    flat = gk.Grower(wide, None, lambda z, _: 0 * z.sum()).step([(x, noise)])
+    assert flat.reason == "all gradients are zero"
 
 
 def test_an_error_leaves_no_trace():

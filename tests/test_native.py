@@ -216,23 +216,41 @@ def test_nan_spoils_its_own_channel_only(case):
 
 @every_set
 @pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("tridiagonal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", EIGH, ids=str)
-def test_eigh_in_lanes(case, dtype):
+def test_eigh_in_lanes(case, dtype, tridiagonal):
     (a,), _ = case.arguments(dtype)
     a = a.reshape(-1, *a.shape[-2:])
-    w, q = torch.ops.growkern_cpu.eigh_lanes(a)
+    w, q = torch.ops.growkern_cpu.eigh_lanes(a, tridiagonal)
     assert_decomposes(a, w, q, EIGH_TOLERANCES[dtype])
     assert_same_values(w, torch.linalg.eigvalsh(a.double()), a, EIGH_TOLERANCES[dtype])
 
 
 @every_set
 @pytest.mark.usefixtures("_instruction_set")
-def test_lanes_do_not_disturb_each_other():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5, 1e-9, 1e-20])
+def test_small_entries_beside_large_neighbours_are_not_lost(dtype, size):
+    """A reflection clears them however little they are of their row; a sum of squares no longer tells them apart."""
+    g = torch.Generator().manual_seed(0)
+    a = size * torch.randn(9, 30, 30, generator=g, dtype=dtype)
+    a = (a + a.mT).index_fill(0, torch.arange(7, 9), 0)
+    a.diagonal(1, 1, 2).add_(1)
+    a.diagonal(-1, 1, 2).add_(1)
+    w, q = torch.ops.growkern_cpu.eigh_lanes(a, True)
+    assert_decomposes(a, w, q, EIGH_TOLERANCES[dtype])
+    assert_same_values(w, torch.linalg.eigvalsh(a.double()), a, EIGH_TOLERANCES[dtype])
+
+
+@every_set
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("tridiagonal", [False, True])
+def test_lanes_do_not_disturb_each_other(tridiagonal):
     a = torch.randn(37, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a = a + a.mT
     a[3, 2, 1], a[20, 6, 6], a[36, 4, 0] = torch.nan, torch.inf, -torch.inf
-    w, q = torch.ops.growkern_cpu.eigh_lanes(a)
+    w, q = torch.ops.growkern_cpu.eigh_lanes(a, tridiagonal)
     bad = [3, 20, 36]
     good = [i for i in range(37) if i not in bad]
     assert w[bad].isnan().all()

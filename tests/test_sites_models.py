@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES, FAMILIES, assert_same, close, mlp, net, picture, texts
+from networks import asserting
 from torch import Tensor, nn
 
 import growkern as gk
@@ -53,6 +55,12 @@ def test_nothing_changes(name: str) -> None:
     assert_same(before, picture(model))
 
 
+def test_assertions_are_no_branches() -> None:
+    assert texts(asserting(), torch.randn(4, 6)) == ["a -> relu() -> b"]
+    with pytest.raises(RuntimeError, match="could not trace"):
+        gk.find_sites(asserting(branches=True), torch.randn(4, 6))
+
+
 class Branching(nn.Module):
     """No trace: the forward pass branches on a value."""
 
@@ -63,6 +71,63 @@ class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = -x if x.sum() > 1e9 else x
         return self.fc2(F.relu(self.fc1(x)))
+
+
+def test_subclasses_that_change_no_forward_are_layers_too() -> None:
+    class Started(nn.Linear):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            nn.init.orthogonal_(self.weight)
+
+    class Norm(nn.BatchNorm1d):
+        pass
+
+    model, x = nn.Sequential(Started(6, 8), Norm(8), nn.ReLU(), Started(8, CLASSES)), torch.randn(50, 6)
+    assert texts(model, x) == ["0 -> 1 -> 2 -> 3"]
+    event = gk.Grower(model, None, F.cross_entropy, neurons=2).step([(x, torch.randint(CLASSES, (50,)))])
+    assert event.widths == {"0": 8 + event.neurons}
+
+
+class Adapted(nn.Linear):
+    """A layer with a low-rank correction, which would not fit any more."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Linear(sizes[0], 2, bias=False), nn.Linear(2, sizes[1], bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: nn.Sequential(Adapted(6, 8), nn.ReLU(), nn.Linear(8, 4)),
+            "0 is of class Adapted with a forward of its own",
+        ),
+        (lambda: nn.Sequential(nn.Linear(6, 0), nn.ReLU(), nn.Linear(0, 4)), "growing starts from one unit"),
+        (lambda: mlp().to("meta"), "model: its parameters are on the meta device"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_that_cannot_grow_are_refused_by_name(build: Callable[[], nn.Module], message: str) -> None:
+    batches = [(torch.randn(8, 6), torch.randint(CLASSES, (8,)))]
+    with pytest.raises(ValueError, match=message):
+        gk.collect(build(), GrowthSite("0", "2", ("1",)), batches, F.cross_entropy)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_compiled_scripts_are_refused_with_the_way_in() -> None:
+    with pytest.raises(ValueError, match="pass the module that it was made of"):
+        gk.find_sites(torch.jit.script(mlp()), torch.randn(4, 6))
+
+
+def test_names_are_text_and_between_is_a_tuple() -> None:
+    assert GrowthSite("a", "b", ["relu()"]) == GrowthSite("a", "b", ("relu()",))  # type: ignore[arg-type]
+    for arguments in (("a", "b", "relu()"), (nn.Linear(2, 2), "b")):
+        with pytest.raises(ValueError, match=r"GrowthSite: expected two names and a tuple of names such as"):
+            GrowthSite(*arguments)  # type: ignore[arg-type]
 
 
 def test_untraceable_model_says_how_to_name_sites() -> None:
@@ -86,7 +151,9 @@ def test_untraceable_model_grows_at_a_site_named_by_hand() -> None:
 
 
 def test_model_that_does_not_run_on_its_inputs() -> None:
-    with pytest.raises(RuntimeError, match=r"mat1 and mat2|GrowthSite"):
+    with pytest.raises(
+        ValueError, match=r"evaluation mode fails when called as model\(Tensor\(4, 5\)\): RuntimeError: mat1 and mat2"
+    ):
         gk.find_sites(mlp(), torch.randn(4, 5))
 
 

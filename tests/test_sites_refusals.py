@@ -162,5 +162,7 @@ def test_shapes_may_be_read_of_hidden_units() -> None:
 @pytest.mark.parametrize(("wrap", "inner"), [(nn.DataParallel, "module"), (torch.compile, "_orig_mod")])
 def test_a_wrapped_model_is_refused_with_the_way_in(wrap: Callable[[nn.Module], nn.Module], inner: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-    with pytest.raises(RuntimeError, match=f"pass model.{inner} instead"):
+    with pytest.raises(ValueError, match=f"pass model.{inner} instead"):
         gk.find_sites(wrap(model), torch.randn(3, 6))
+    own = net(lambda self, x: getattr(self, inner)(x), **{inner: model})
+    assert texts(own, torch.randn(3, 6)) == [f"{inner}.0 -> {inner}.1 -> {inner}.2"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -215,3 +216,15 @@ def test_fused_adam_on_channels_last(fresh: bool) -> None:
         results.append(dict(twin.named_parameters()))
     for name, p in results[0].items():
         close(results[1][name], p, 1e-4)
+
+
+def test_parameters_of_another_optimizer_are_not_lost_without_a_word() -> None:
+    model, x, target = plain()
+    new = new_for(model, x, target)
+    optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"it does not hold 2\.weight, which larger ones replace"):
+        gk.apply(model, new, optimizer=optimizer)
+    model[2].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gk.apply(model, new_for(model, x, target, "0"), optimizer=optimizer)

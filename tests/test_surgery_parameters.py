@@ -47,6 +47,21 @@ def test_attributes_of_parameters_are_kept() -> None:
     assert [p.no_weight_decay for p in model.parameters()] == [p.dim() == 1 for p in model.parameters()]
 
 
+def test_hooks_of_parameters_are_kept_and_can_still_be_removed() -> None:
+    model, x, target = plain()
+    weight, seen = model[0].weight, []
+    weight.register_hook(lambda gradient: gradient * 0)
+    handle = weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.shape))
+    gk.apply(model, new_for(model, x, target))
+    F.cross_entropy(model(x), target).backward()
+    assert not model[0].weight.grad.any()
+    assert model[2].weight.grad.any()
+    assert seen == [model[0].weight.shape]
+    handle.remove()
+    F.cross_entropy(model(x), target).backward()
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("update", [False, True])
 def test_channels_last_is_kept(update: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)).to(memory_format=torch.channels_last)

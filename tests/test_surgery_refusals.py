@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -90,8 +91,22 @@ def test_neurons_that_do_not_fit_change_nothing(
     assert_same(before, picture(model, optimizer))
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
-def test_scale_must_be_finite(scale: float) -> None:
+def test_what_is_no_neurons_or_no_optimizer_is_refused() -> None:
+    model, x, target = plain()
+    new = new_for(model, x, target)
+    before = picture(model)
+    for wrong, message in (({"0": new}, "new: expected NewNeurons, got dict"), (None, "new: expected NewNeurons")):
+        with pytest.raises(ValueError, match=message):
+            gk.apply(model, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="optimizer: expected Optimizer, got the class SGD"):
+        gk.apply(model, new, optimizer=SGD)  # type: ignore[arg-type]
+    assert_same(before, picture(model))
+    with pytest.raises(ValueError, match="moments: expected Moments or a dict of them, got list"):
+        gk.solve([])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, "1", None])
+def test_scale_must_be_finite(scale: Any) -> None:
     model, x, target = plain()
     new = new_for(model, x, target)
     before = picture(model)

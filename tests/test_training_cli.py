@@ -71,6 +71,10 @@ class Extra(nn.Linear):
 def extra():
     return nn.Sequential(nn.Linear(6, 2), nn.ReLU(), Extra(2, 2)), make().train
 
+def maps():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.Flatten())
+    return model, [(torch.randn(8, 1, 1, 1), torch.randint(2, (8,)))]
+
 number = 3
 """
 
@@ -112,7 +116,9 @@ def test_train_report_and_resume(
     assert (settings["seed"], settings["neurons"], settings["epochs"]) == (3, "2", 3)
     before = (folder / "checkpoint.safetensors").read_bytes()
     assert call(monkeypatch, "train", "--resume", str(folder)) == 0
-    assert "going on after epoch 3" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "going on after epoch 3" in printed
+    assert "note: the run is complete; with more epochs" in printed
     assert (folder / "checkpoint.safetensors").read_bytes() == before
     assert call(monkeypatch, "train", *QUICK, "--seed", "3", "--epochs", "1") == 0
     assert (place / "runs" / "digits-mlp-tiny-seed3-2").is_dir()
@@ -177,6 +183,21 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
             assert ([backend, op] in rows) == (backend in available(op))
 
 
+def test_doctor_goes_on_after_a_backend_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from growkern import backend
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("no [compiler] here")
+
+    monkeypatch.setitem(backend._implementations, "eigh", backend._implementations["eigh"] | {"cpp": fails})
+    assert call(monkeypatch, "doctor") == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"cpp: eigh fails on cpu: RuntimeError: no \[compiler\] here", printed)
+    assert "│ reference │ eigh " in printed
+
+
 BAD = [
     (["train", "--dataset", "mnist", "--data-root", "nowhere"], r"data_root: no file train-images"),
     (
@@ -192,8 +213,8 @@ BAD = [
     (["train", "--epochs", "many"], r"Invalid value|unable to parse"),
     (["train", "--learning-rate", "nan"], r"learning_rate: expected a finite number, got nan"),
     (["train", "--compute", "inf"], r"compute: expected a finite number, got inf"),
-    (["train", "--beta2", "1.5"], r"beta2 < 1"),
-    (["train", "--seed", str(2**70)], r"seed < 2\*\*63"),
+    (["train", "--beta2", "1.5"], r"beta2: expected less than 1, got 1\.5"),
+    (["train", "--seed", str(2**70)], r"seed: expected less than 2\*\*63"),
     (["grow", "--config", "plan.toml"], r"target: expected module:function"),
     (["grow", "own_task:quits"], r"own_task:quits failed: SystemExit"),
     (["grow", "own_task:lonely"], r"model: found no site that can grow"),
@@ -231,6 +252,9 @@ BAD = [
     (["grow", "own_task:wrong"], r"returned int; expected growkern\.training\.Task"),
     (["grow", "own_task:broken"], r"own_task:broken failed: KeyError: 'no such thing'"),
     (["grow", "own_task:untraceable"], r"(?s)trac.*sites"),
+    (["grow", "own_task:maps", "--method", "joint"], r"kernel: 'joint' needs 'center' for convolutions such as '0'"),
+    (["grow", "own_task:make", "--out", "own_task.py/run"], r"out: cannot make own_task\.py/run: Not a directory"),
+    (["bottlenecks", "own_task:lonely"], r"model: found no site that can grow: no Linear"),
     (["bottlenecks", "own_task:wrong"], r"returned int"),
     (["bottlenecks", "own_task:make", "--device", "abacus"], r"device: 'abacus' cannot be used here"),
     (["report", "nothing"], r"run: nothing is no run directory"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from growkern.training.batches import Batches, choose_device, count_samples, first_batch, seed_all, take, to_device
+from growkern.training.batches import Batches, choose_device, count_samples, first_batch, seed_all, take
 from growkern.training.data import load
 
 RNG = np.random.default_rng(0)
@@ -133,14 +133,14 @@ def test_random_numbers_depend_on_seed_and_epoch_alone() -> None:
         first_batch([], torch.device("cpu"))
 
 
-def test_take_and_move() -> None:
+def test_take_and_devices() -> None:
     batches = [(torch.zeros(4), torch.zeros(4)) for _ in range(5)]
     assert [len(take(batches, n)) for n in (1, 4, 5, 100)] == [1, 1, 2, 5]
-    nested = {"a": [torch.zeros(1), (torch.zeros(2), 3)], "b": "text"}
-    moved = to_device(nested, torch.device("meta"))
-    assert moved["a"][0].is_meta
-    assert moved["a"][1][0].is_meta
-    assert (moved["a"][1][1], moved["b"], type(moved["a"][1])) == (3, "text", tuple)
+    for wrong, got in ((torch.zeros(4, 2), "Tensor"), ([1, 2, 3], "list of 3")):
+        with pytest.raises(ValueError, match=rf"train: expected \(input, target\) pairs, .* got {got}"):
+            take([wrong], 1)
+    with pytest.raises(ValueError, match="train: expected a tensor among the inputs, got str"):
+        take([("text", 1)], 1)
     assert choose_device("cpu") == torch.device("cpu")
     for wrong in ("gpu", "cuda:99"):
         with pytest.raises(ValueError, match=f"device: '{wrong}' cannot be used here"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ class OfDict(nn.Module):
         super().__init__()
         self.net = model()
     def forward(self, data):
-        return self.net(data["x"] if isinstance(data, dict) else data[0])
+        return self.net(data["x"])
+
+class OfTwo(OfDict):
+    def forward(self, one, two):
+        return self.net(one + two)
 
 def sampler(): return model(), DataLoader(DATA, 16, sampler=RandomSampler(DATA, generator=torch.Generator()))
 def workers(): return model(), DataLoader(DATA, 16, shuffle=True, num_workers=1)
@@ -82,7 +87,10 @@ def dictionaries():
     return Task(OfDict(), batches, batches, lambda z, t: nn.functional.cross_entropy(z, t["y"]), SITES)
 def tuples():
     batches = [(Pair(x, x), y) for x, y in zip(X.split(30), Y.split(30))]
-    return Task(OfDict(), batches, sites=SITES)
+    return OfTwo(), batches, batches
+def no_targets():
+    batches = [(x, None) for x in X.split(30)]
+    return model(), batches, batches, lambda z, _: z.square().mean()
 class Stream(IterableDataset):
     def __iter__(self): return iter([(x, y) for x, y in DATA])
 def stream(): return model(), Stream()
@@ -96,20 +104,22 @@ def late():
     ("function", "samples"),
     [
         *(("sampler", 120), ("workers", 120), ("subset", 20), ("dictionaries", 120), ("tuples", 120)),
-        *(("stream", 120), ("late", 120)),
+        *(("no_targets", 120), ("stream", 120), ("late", 120)),
     ],
 )
-def test_tasks_of_many_kinds(tmp_path: Path, function: str, samples: int) -> None:
+def test_tasks_of_many_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, samples: int) -> None:
     """Each is interrupted and goes on bit-identically; the cost per sample is that of the model alone."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # later processes would import queue.py from there
     (tmp_path / "queue.py").write_text(OWN)  # the name of a standard module
     (tmp_path / "helper_of_own.py").write_text("")
     settings = Settings(
-        **SMALL | {"target": f"{tmp_path / 'queue.py'}:{function}", "schedule": "3", "epochs": 4, "batch": 16}
+        **SMALL | {"target": f"{tmp_path / 'queue.py'}:{function}", "schedule": "1", "epochs": 4, "batch": 16}
     )
     whole = train(settings, tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "parts", [StopAt(2)] if samples > 20 else [StopAt(1)])
     assert_same_outcome(outcome(resume(tmp_path / "parts")), outcome(whole))
+    assert whole.records("growth.jsonl")
     per_sample = 2 * (5 * 2 + 2 * 3) + 2 * 3  # forward, gradients of both weights, and of the hidden layer
     assert whole.records("metrics.jsonl")[0]["compute"] == pytest.approx(per_sample)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,12 +59,33 @@ def test_part_of_a_group_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("widths", "message"),
-    [({"9": 8}, "'9' is no site of the model; there are 0"), ({"0": 2}, "'0' has 3 units already")],
+    [
+        ({"9": 8}, "'9' is no site of the model; there are 0"),
+        ({"0": 2}, "'0' has 3 units already"),
+        ({"0": 7.5}, r"widths\['0'\]: expected an integer of 0 or more, got 7.5"),
+        ([8], "widths: expected units by name of site, got list"),
+    ],
 )
-def test_wrong_widths_change_nothing(widths: dict[str, int], message: str) -> None:
+def test_wrong_widths_change_nothing(widths: Any, message: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     sites = gk.find_sites(model, torch.randn(2, 4))
     before = picture(model)
     with pytest.raises(ValueError, match=message):
         gk.widen(model, sites, widths)
     assert_same(before, picture(model))
+
+
+def test_an_averaged_copy_follows() -> None:
+    """Copies of weights that training code keeps are widened like a fresh model, and average on."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)).double()
+    averaged, x = torch.optim.swa_utils.AveragedModel(model), torch.randn(30, 4, dtype=torch.float64)
+    averaged.update_parameters(model)
+    grower = gk.Grower(model, None, F.cross_entropy, neurons=2)
+    event = grower.step([(x, torch.randint(2, (30,)))])
+    assert event.accepted
+    before = averaged(x)
+    gk.widen(averaged.module, grower.sites, event.widths)
+    torch.testing.assert_close(averaged(x), before, rtol=1e-12, atol=1e-12)
+    averaged.update_parameters(model)
+    new = averaged.module[0].weight[3:]
+    torch.testing.assert_close(new, model[0].weight[3:] / 2, rtol=1e-12, atol=0)

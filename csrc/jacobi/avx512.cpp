@@ -8,6 +8,7 @@
 #endif
 
 #include "lanes_kernel.h"
+#include "tridiagonal_kernel.h"
 
 namespace growkern {
 

@@ -24,24 +24,30 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 
 template <class T>
-void eigh_by_lanes(const Tensor& a, Tensor& w, Tensor& q) {
-  const int64_t count = a.sizes()[0], n = a.sizes()[2];
-  const int64_t at_once = lanes<T>().matrices, tasks = (count + at_once - 1) / at_once;
+void eigh_by_lanes(const Tensor& a, const Method<T>& method, Tensor& w, Tensor& q) {
+  const int64_t count = a.sizes()[0], n = a.sizes()[2], bytes = method.bytes(n);
+  // As few parts as there are threads: lanes run empty at the end of each.
+  const int64_t parts = method.matrices * torch::stable::get_num_threads();
+  const int64_t at_once = std::max<int64_t>(1, (count + parts - 1) / parts) * method.matrices;
+  const int64_t tasks = (count + at_once - 1) / at_once;
   const T* in = static_cast<const T*>(a.const_data_ptr());
   T *values = static_cast<T*>(w.mutable_data_ptr()), *vectors = static_cast<T*>(q.mutable_data_ptr());
   parallel(tasks, [&](int64_t task) {
-    const int64_t first = task * at_once, bytes = lanes<T>().work_elements(n) * static_cast<int64_t>(sizeof(T));
+    const int64_t first = task * at_once;
     const std::unique_ptr<void, void (*)(void*)> work(std::aligned_alloc(64, (bytes + 64) / 64 * 64), std::free);
-    lanes<T>().eigh(in + first * n * n, std::min(at_once, count - first), n, values + first * n,
-                    vectors + first * n * n, static_cast<T*>(work.get()));
+    method.eigh(in + first * n * n, std::min(at_once, count - first), n, values + first * n, vectors + first * n * n,
+                work.get());
   });
 }
 
-std::tuple<Tensor, Tensor> eigh_lanes(const Tensor& a) {
+std::tuple<Tensor, Tensor> eigh_lanes(const Tensor& a, bool tridiagonal) {
   STD_TORCH_CHECK(a.sizes()[2] <= kLargestInLanes, "a: expected at most ", kLargestInLanes, " rows and columns");
   Tensor w = torch::stable::new_empty(a, {a.sizes()[0], a.sizes()[2]}), q = torch::stable::new_empty(a, a.sizes());
-  if (a.scalar_type() == ScalarType::Double) eigh_by_lanes<double>(a, w, q);
-  else eigh_by_lanes<float>(a, w, q);
+  const auto run = [&](const auto& table) {
+    eigh_by_lanes(a, tridiagonal ? table.tridiagonal : table.jacobi, w, q);
+  };
+  if (a.scalar_type() == ScalarType::Double) run(lanes<double>());
+  else run(lanes<float>());
   return {w, q};
 }
 
@@ -86,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> svd_lapack(const Tensor& a) {
 }  // namespace growkern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(growkern_cpu, m) {
-  m.def("eigh_lanes(Tensor a) -> (Tensor, Tensor)");
+  m.def("eigh_lanes(Tensor a, bool tridiagonal) -> (Tensor, Tensor)");
   m.def("eigh_lapack(Tensor a) -> (Tensor, Tensor)");
   m.def("svd_lapack(Tensor a) -> (Tensor, Tensor, Tensor)");
 }

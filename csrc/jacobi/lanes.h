@@ -1,4 +1,4 @@
-// Jacobi's method on many small symmetric matrices, one in each lane of a vector.
+// Many small symmetric matrices at once, one in each lane of a vector.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,18 @@ namespace growkern {
 constexpr int64_t kLargestInLanes = 128;  // rows and columns
 
 // Decomposes matrices a[i·n² …] for i < count, of which the lower triangle counts, as q diag(w) qᵀ with ascending
-// w. `work` holds work_elements(n). A matrix that is not finite or does not converge comes back NaN.
+// w. `work` holds bytes(n). A matrix that is not finite or does not converge comes back NaN.
+template <class T>
+struct Method {
+  int64_t matrices;  // that take no longer than one of them
+  void (*eigh)(const T* a, int64_t count, int64_t n, T* w, T* q, void* work);
+  int64_t (*bytes)(int64_t n);
+};
+
+// Jacobi's method, and the QL method for tridiagonal matrices.
 template <class T>
 struct Lanes {
-  int64_t matrices;  // at a time
-  void (*eigh)(const T* a, int64_t count, int64_t n, T* w, T* q, T* work);
-  int64_t work_elements(int64_t n) const { return (4 * (n + 1) * (n + 1) + n + 1) * matrices; }
+  Method<T> jacobi, tridiagonal;
 };
 
 extern const Lanes<float> portable_float_lanes, avx2_float_lanes, avx512_float_lanes;

@@ -1,4 +1,4 @@
-// The kernel for one instruction set: each of portable.cpp, avx2.cpp and avx512.cpp includes this after it has set
+// Jacobi's method for one instruction set: each of portable.cpp, avx2.cpp and avx512.cpp includes this after it has set
 // the compiler's target.
 
 namespace growkern {
@@ -149,7 +149,12 @@ struct LaneBatch {
 };
 
 template <class T, int Bytes>
-void eigh(const T* matrices, int64_t count, int64_t n, T* w, T* q, T* work) {
+int64_t jacobi_bytes(int64_t n) {
+  return (4 * (n + 1) * (n + 1) + n + 1) * Bytes;
+}
+
+template <class T, int Bytes>
+void jacobi_eigh(const T* matrices, int64_t count, int64_t n, T* w, T* q, void* work) {
   using Lane = LaneBatch<T, Bytes>;
   using Vector = typename Lane::Vector;
   constexpr int width = Lane::width;
@@ -203,11 +208,6 @@ void eigh(const T* matrices, int64_t count, int64_t n, T* w, T* q, T* work) {
       }
     }
   }
-}
-
-template <class T, int Bytes>
-constexpr Lanes<T> lanes_table() {
-  return {Bytes / sizeof(T), eigh<T, Bytes>};
 }
 
 }  // namespace

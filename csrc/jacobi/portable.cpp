@@ -1,6 +1,7 @@
 #include "lanes.h"
 
 #include "lanes_kernel.h"
+#include "tridiagonal_kernel.h"
 
 namespace growkern {
 

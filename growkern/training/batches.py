@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from growkern.passes import leaves, pair, to_device
+
 
 class Batches:
     """Shuffled batches of tensors in memory, in a new order on every pass.
@@ -51,23 +53,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def to_device(data: Any, device: torch.device) -> Any:
-    """Tensors, in tuples, lists and dicts too, on a device."""
-    if isinstance(data, Tensor):
-        return data.to(device)
-    if isinstance(data, dict):
-        return {key: to_device(value, device) for key, value in data.items()}
-    if not isinstance(data, tuple | list):
-        return data
-    moved = [to_device(value, device) for value in data]
-    return type(data)(*moved) if hasattr(data, "_fields") else type(data)(moved)
-
-
-def batch_size(targets: Any) -> int:
-    """Count the samples of a batch: the length of its first tensor."""
-    while isinstance(targets, dict | tuple | list) and not isinstance(targets, Tensor):
-        targets = next(iter(targets.values() if isinstance(targets, dict) else targets))
-    return len(targets)
+def batch_size(inputs: Any) -> int:
+    """Count the samples of a batch: the length of the first tensor of its inputs."""
+    for tensor in leaves(inputs):
+        return len(tensor)
+    raise ValueError(f"train: expected a tensor among the inputs, got {type(inputs).__name__}")
 
 
 def seed_all(seed: int, epoch: int, batches: Any) -> None:
@@ -82,15 +72,12 @@ def seed_all(seed: int, epoch: int, batches: Any) -> None:
                 generator.manual_seed(state)
 
 
-def first_batch(batches: Iterable[tuple[Any, Any]], device: torch.device) -> tuple[Any, Any]:
-    """Read the first batch of a pass over the data."""
+def first_batch(batches: Iterable[tuple[Any, Any]], device: torch.device) -> tuple[tuple[Any, ...], Any]:
+    """Read the arguments of the model, and the target, of the first batch of a pass over the data."""
     batch = next(iter(batches), None)
     if batch is None:
         raise ValueError("train: it holds no batch")
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(f"train: expected (input, target) pairs, got {type(batch).__name__} of {len(batch)}")
-    inputs, targets = batch
-    return to_device(inputs, device), to_device(targets, device)
+    return to_device(batch, device, "train")
 
 
 def count_samples(batches: Any) -> int:
@@ -100,15 +87,15 @@ def count_samples(batches: Any) -> int:
     sampler: Any = getattr(batches, "sampler", None)
     if isinstance(batches, DataLoader) and batches.batch_size and hasattr(sampler, "__len__"):
         return len(sampler) // batches.batch_size * batches.batch_size if batches.drop_last else len(sampler)
-    return sum(batch_size(targets) for _, targets in batches)
+    return sum(batch_size(inputs) for inputs, _ in batches)
 
 
 def take(batches: Iterable[tuple[Any, Any]], samples: int) -> list[tuple[Any, Any]]:
     """Read the first batches that hold so many samples together."""
     chosen, seen = [], 0
-    for inputs, targets in batches:
-        chosen.append((inputs, targets))
-        seen += batch_size(targets)
+    for batch in batches:
+        chosen.append(pair(batch, "train"))
+        seen += batch_size(batch[0])
         if seen >= samples:
             break
     return chosen

@@ -130,7 +130,7 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         The same model, as the run left it. What is no run, or does not fit the model, is a ValueError.
     """
     tensors, facts = Run(folder).load()
-    sites = [GrowthSite(s["producer"], s["consumer"], tuple(s["between"])) for s in facts["grower"]["sites"]]
+    sites = [GrowthSite(**site) for site in facts["grower"]["sites"]]
     widen(model, sites, facts["widths"])
     model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
     return model

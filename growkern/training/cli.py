@@ -133,10 +133,15 @@ def _train(
         raise ValueError(f"resume: a run goes on with its own settings; leave out {', '.join(names)}")
     if previous and not resume:
         raise ValueError("previous: it says from which checkpoint to go on, and needs --resume")
-    settings = Run(resume).settings if resume else Settings(**((read_toml(config) if config else {}) | given))
-    if command == "grow" and not settings.target:
+    if resume:
+        settings = Run(resume).settings
+        if (done := Run(resume).records("metrics.jsonl")) and loop.is_complete(settings, done[-1]):
+            say(f"note: the run is complete; with more epochs (or compute) in {resume / 'config.json'} it goes on")
+    else:
+        settings = Settings(**((read_toml(config) if config else {}) | given))
+    if command == "grow" and not settings.target and not resume:
         raise ValueError("target: expected module:function, or --resume with a run to go on with")
-    if settings.method != NEVER and not settings.ever_grows():
+    if not resume and settings.method != NEVER and not settings.ever_grows():
         out.print(
             f"[yellow]note:[/] no growth step falls within the first {settings.grow_until:.0%} of "
             f"{settings.epochs} epochs; see --schedule and --grow-until"

@@ -45,9 +45,11 @@ def multiply_adds(work: Callable[[], Result]) -> tuple[float, Result]:
     return counter.get_total_flops() / 2, result
 
 
-def cost_per_sample(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, Any], Tensor]) -> float:
+def cost_per_sample(
+    model: nn.Module, batch: tuple[tuple[Any, ...], Any], loss_fn: Callable[[Any, Any], Tensor]
+) -> float:
     """Multiply-adds of one forward and backward pass, for each sample of a batch; the model is not changed."""
-    twin, (inputs, targets) = copy.deepcopy(model), batch
+    twin, (args, target) = copy.deepcopy(model), batch
     with torch.random.fork_rng():
-        cost, _ = multiply_adds(lambda: loss_fn(twin(inputs), targets).backward())
-    return cost / batch_size(targets)
+        cost, _ = multiply_adds(lambda: loss_fn(twin(*args), target).backward())
+    return cost / batch_size(args)

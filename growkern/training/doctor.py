@@ -101,7 +101,13 @@ def examine(console: Console) -> int:
         for device in (d for d in devices if names and d in DEVICES.get(backend, devices)):
             cases = _cases(device)
             for op in names:
-                error, seconds = _measure(backend, cases[op])
+                try:
+                    error, seconds = _measure(backend, cases[op])
+                except Exception as raised:  # such as a kernel that does not compile: the other backends may do
+                    failed = True
+                    reason = f"{backend}: {op} fails on {device}: {type(raised).__name__}: {raised}"
+                    console.print(reason, markup=False, highlight=False, soft_wrap=True)
+                    continue
                 failed |= not error < 1e-4
                 table.add_row(backend, op, device, f"{error:.1e}", f"{1e3 * seconds:.2f} ms")
     console.print(table)

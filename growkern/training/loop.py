@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from growkern import Grower, GrowthEvent
-from growkern.training.batches import batch_size, count_samples, seed_all, take, to_device
+from growkern.passes import to_device
+from growkern.training.batches import batch_size, count_samples, seed_all, take
 from growkern.training.checkpoint import Progress, widths
 from growkern.training.cost import cost_per_sample, multiply_adds
 from growkern.training.prepare import Start, prepare
@@ -154,6 +155,11 @@ def share_of_budget(settings: Settings, progress: Progress, of_epoch: float = 0.
     return (progress.epoch + of_epoch) / settings.epochs
 
 
+def is_complete(settings: Settings, record: dict[str, Any]) -> bool:
+    """Whether the budget was spent with the epoch of a record of metrics.jsonl."""
+    return share_of_budget(settings, Progress(record["epoch"], record["compute"])) >= 1
+
+
 def train_epoch(settings: Settings, start: Start, cost: float, samples: int, watchers: Sequence[Watcher]) -> float:
     """One pass over the training data, or less where the budget ends; returns the mean loss."""
     model, optimizer, progress = start.state.model, start.state.optimizer, start.state.progress
@@ -161,18 +167,18 @@ def train_epoch(settings: Settings, start: Start, cost: float, samples: int, wat
     total, seen = torch.zeros((), device=device), 0
     seed_all(settings.seed, progress.epoch + 1, start.task.train)
     model.train()
-    for inputs, targets in start.task.train:
+    for batch in start.task.train:
         share = share_of_budget(settings, progress, seen / samples)
         if share >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * share)) / 2
-        inputs, targets = to_device(inputs, device), to_device(targets, device)
+        args, target = to_device(batch, device, "train")
         optimizer.zero_grad()
-        loss = start.task.loss_fn(model(inputs), targets)
+        loss = start.task.loss_fn(model(*args), target)
         loss.backward()
         optimizer.step()
-        size = batch_size(targets)
+        size = batch_size(args)
         total += loss.detach() * size
         seen += size
         progress.compute += cost * size
@@ -199,14 +205,14 @@ def evaluate(
     device = next(model.parameters()).device
     model.eval()
     loss, correct, seen, has_classes = 0.0, 0, 0, False
-    for inputs, targets in batches or ():
-        inputs, targets = to_device(inputs, device), to_device(targets, device)
-        outputs, size = model(inputs), batch_size(targets)
-        loss += loss_fn(outputs, targets).item() * size
+    for batch in batches or ():
+        args, target = to_device(batch, device, "test")
+        outputs, size = model(*args), batch_size(args)
+        loss += loss_fn(outputs, target).item() * size
         seen += size
-        if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and (outputs.dim(), targets.dim()) == (2, 1):
-            has_classes = not targets.is_floating_point()
-            correct += int((outputs.argmax(1) == targets).sum())
+        if isinstance(outputs, Tensor) and isinstance(target, Tensor) and (outputs.dim(), target.dim()) == (2, 1):
+            has_classes = not target.is_floating_point()
+            correct += int((outputs.argmax(1) == target).sum())
     model.train()
     measured = {"test_loss": loss / seen} if seen else {}
     return measured | ({"accuracy": 100 * correct / seen} if has_classes else {})

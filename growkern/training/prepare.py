@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,12 +26,12 @@ class Start:
     state : State
         Before the first epoch.
     first : tuple
-        One batch, on which costs are counted.
+        Arguments of the model, and the target, of one batch, on which costs are counted.
     """
 
     task: tasks.Task
     state: State
-    first: tuple[Any, Any]
+    first: tuple[tuple[Any, ...], Any]
 
 
 def prepare(settings: Settings) -> Start:
@@ -68,7 +65,7 @@ def prepare(settings: Settings) -> Start:
     optimizer = make_optimizer(model, settings)
     state = State(model, optimizer, make_grower(task, optimizer, settings), Progress())
     first = first_batch(task.train, device)
-    _locate(state.grower, first, grows=settings.method != NEVER)
+    _locate(state.grower, first, settings)
     return Start(task, state, first)
 
 
@@ -99,30 +96,14 @@ def make_grower(task: tasks.Task, optimizer: torch.optim.Optimizer, settings: Se
     )
 
 
-def _locate(grower: Grower, first: tuple[Any, Any], grows: bool) -> None:
+def _locate(grower: Grower, first: tuple[Any, Any], settings: Settings) -> None:
     """Find the sites; a network that never grows may have none."""
-    with _reasons() as reasons:
-        try:
-            found = grower.locate([first])
-        except (RuntimeError, ValueError):
-            if grows:
-                raise
-            grower.sites = found = []
-    if grows and not found:
-        why = "; ".join(reasons) or "no Linear or Conv2d layer feeds another through activations, norms and pooling"
-        raise ValueError(f"model: found no site that can grow: {why}")
-
-
-@contextmanager
-def _reasons() -> Iterator[list[str]]:
-    """Collect what `growkern.sites` logs of places that cannot grow."""
-    logger, kept = logging.getLogger("growkern.sites"), list[str]()
-    handler, level = logging.Handler(), logger.level
-    handler.emit = lambda record: kept.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     try:
-        yield kept
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        found = grower.locate([first])
+    except (RuntimeError, ValueError):
+        if settings.method != NEVER:
+            raise
+        grower.sites = found = []
+    maps = [site.name for site in found if isinstance(grower.model.get_submodule(site.producer), nn.Conv2d)]
+    if settings.method == "joint" and settings.kernel == "full" and maps:
+        raise ValueError(f"kernel: 'joint' needs 'center' for convolutions such as {maps[0]!r}, got 'full'")

@@ -275,8 +275,7 @@ def _log(story: Story) -> str:
 
 def _settings(stories: Sequence[Story]) -> str:
     columns = [dataclasses.asdict(story.run.settings) for story in stories]
-    names = [key for key in columns[0]]
-    rows = [(name, *(Cell(escape(str(c[name]))) for c in columns)) for name in names]
+    rows = [(name, *(Cell(escape(str(c[name]))) for c in columns)) for name in columns[0]]
     return _table(("setting", *(Cell(escape(story.run.folder.name)) for story in stories)), rows)
 
 

@@ -65,11 +65,17 @@ class Run:
         Run
             The new run.
 
-        A folder that holds anything is a ValueError.
+        Raises
+        ------
+        ValueError
+            If the folder holds anything, or cannot be made.
         """
         cls.check_free(folder)
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out: cannot make {folder}: {error.strerror}; choose another --out") from None
         versions = {"growkern": growkern.__version__, "torch": torch.__version__}
         config = {"settings": dataclasses.asdict(settings), "versions": versions}
         storage.replace(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")

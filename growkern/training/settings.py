@@ -93,14 +93,14 @@ class Settings:
                 raise ValueError(f"{each.name}: expected one of {', '.join(choices)}; got {value!r}")
             if least is not None and not value >= least:
                 raise ValueError(f"{each.name}: expected at least {least}, got {value!r}")
-        if not self.beta2 < 1 or self.seed >= 2**63:
-            raise ValueError(f"expected beta2 < 1 and seed < 2**63, got beta2: {self.beta2}, seed: {self.seed}")
+        if not self.beta2 < 1:
+            raise ValueError(f"beta2: expected less than 1, got {self.beta2!r}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: expected less than 2**63, got {self.seed!r}")
         if self.neurons != "auto" and not (self.neurons.isdecimal() and int(self.neurons) > 0):
             raise ValueError(f"neurons: expected a number ≥ 1 or 'auto', got {self.neurons!r}")
         check_share("held_out", self.held_out)
         self.growth_epochs(0)
-        if self.method == "joint" and self.kernel == "full" and self.model != "mlp" and not self.target:
-            raise ValueError(f"kernel: 'joint' needs 'center' for the convolutions of {self.model!r}, got 'full'")
 
     def growth_epochs(self, epoch: int) -> bool:
         """Whether the schedule has a growth step after so many epochs."""

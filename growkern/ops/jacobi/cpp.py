@@ -10,19 +10,20 @@ from growkern.ops.jacobi import reference
 
 native = torch.ops.growkern_cpu
 
-# Where one matrix per lane was measured faster than LAPACK: the largest matrix, and the smallest batch.
-LANES = {torch.float32: (24, 8), torch.float64: (16, 4)}
+LARGEST_IN_LANES = 128  # rows and columns: beyond, LAPACK is as fast
+# Where Jacobi's method was measured faster than the QL method: the largest matrix, and the smallest batch.
+JACOBI = {torch.float32: (16, 32), torch.float64: (8, 8)}
 
 
 @register("eigh", "cpp")
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors; NaN where a matrix has none to find."""
-    largest, fewest = LANES[a.dtype]
     n, matrices = a.shape[-1], a.shape[:-2].numel()
-    if not 0 < n <= largest or matrices < fewest:
+    if not matrices or not 0 < n <= LARGEST_IN_LANES:
         w, q = _sliced(native.eigh_lapack, reference.eigh, a)
         return w, q
-    w, q = native.eigh_lanes(a.reshape(matrices, n, n).contiguous())
+    largest, fewest = JACOBI[a.dtype]
+    w, q = native.eigh_lanes(a.reshape(matrices, n, n).contiguous(), n > largest or matrices < fewest)
     return w.view(a.shape[:-1]), q.view(a.shape)
 
 

@@ -84,7 +84,7 @@ def sources(x: Rows, h: Rows, v: Rows) -> list[Rows]:
 def ones(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make a row of a one, then zeros."""
     refuse_capture(device)
-    return torch.eye(1, ONES, dtype=dtype)[0].to(device)
+    return torch.eye(1, ONES, dtype=dtype, device="cpu")[0].to(device)
 
 
 def read_by(consumer: ConvGeometry, h: Tensor, v: Tensor) -> Tensor:
