@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from growkern import distributed
+from growkern.amplitude import best_amplitude
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, check_share, check_trained, listed
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
@@ -21,9 +22,6 @@ from growkern.passes import Passes, reachable_sites
 from growkern.probe import LossFn
 from growkern.sites import GrowthSite, resolve
 from growkern.surgery import apply, trial
-
-# Amplitudes of the line search; each grid is for when those before have none that lowers the loss.
-_GRIDS = [[sign * 4.0**k for k in powers] for powers in (range(-2, 3), (-3, -4)) for sign in (1, -1)]
 
 
 @dataclass(frozen=True)
@@ -323,14 +321,7 @@ class Grower:
 
         if METHODS[new.method].starts_at_zero != "neither":
             return 1.0, loss(1.0)
-        losses, best = {0.0: at_zero}, 0.0
-        for grid in _GRIDS:
-            if not best:
-                losses |= {scale: loss(scale) for scale in grid}
-                best = min(losses, key=lambda scale: losses[scale])
-        losses |= {scale: loss(scale) for scale in (best / 2, best * 2) if scale}
-        best = min(losses, key=lambda scale: losses[scale])
-        return best, losses[best]
+        return best_amplitude(loss, at_zero)
 
 
 def _pays(moments: Moments, new: NewNeurons) -> bool:

@@ -16,7 +16,7 @@ from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, listed
 from growkern.eval_mode import evaluating
 from growkern.passes import Passes
-from growkern.probe import LossFn, Probe, draws_of, measured_together, residuals_together
+from growkern.probe import LossFn, Probe, draws_of, measured_together, residuals_together, share_uniform
 from growkern.sites import GrowthSite
 from growkern.whitening import least_squares
 
@@ -188,10 +188,13 @@ def collect(
     probes = {probe.site.name: probe for probe in (Probe(model, site, kernel, batch_dim) for site in sites)}
     if not probes:
         raise ValueError("sites: expected at least one growth site, got none")
+    elsewhere = share_uniform(probes.values())
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
             hooks.enter_context(probe.watching())
         sums = run.sweep(probes, lambda some, _: measured_together(some))
+        for name, other in elsewhere.items():
+            sums[name]["uniform"] = sums[other]["hh"]
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
         again = {name: probe for name, probe in probes.items() if null_draws or probe.kernel == "full"}
         pairs = {name: (sums[name]["hh"], sums[name]["hv"]) for name in again}  # of sums as of means

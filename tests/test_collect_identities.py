@@ -11,6 +11,8 @@ from conftest import F64, FAMILIES, close
 from networks import NETS, Batches, Net, at, patches, quartic, rows, zeros_around
 from torch import Tensor, nn
 
+import growkern as gk
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
@@ -191,3 +193,20 @@ def test_reductions_differ_by_known_factors() -> None:
     total = at(model, batches, lambda z, y: F.cross_entropy(z, y, reduction="sum"), reduction="sum", null_draws=0)
     for key, factor in (("xx", 1), ("hh", 1), ("xv", 5), ("hv", 5), ("vv", 25)):
         close(factor * getattr(total, key), getattr(mean, key))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_uniform_moments_of_sites_in_a_row_are_those_of_each_alone(bias: bool) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((2, 3), (3, 4), (4, 3)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias), nn.BatchNorm2d(outputs), nn.ReLU()]
+    model = nn.Sequential(*layers[:6], nn.MaxPool2d(2), *layers[6:], nn.Conv2d(3, 2, 3)).double().eval()
+    batches = [(torch.randn(5, 2, 10, 9).double(), torch.randn(5, 2, 3, 2).double()) for _ in range(2)]
+    sites = gk.find_sites(model, batches[0][0])
+    assert len(sites) == 3
+    together = gk.collect(model, sites, batches, F.mse_loss, null_draws=0)
+    for site in sites:
+        (alone,) = gk.collect(model, site, batches, F.mse_loss, null_draws=0).values()
+        for name, value in alone.tensors().items():
+            close(together[site.name].tensors()[name], value)

@@ -1,5 +1,6 @@
 """The compiled library: every instruction set, what it links to, its memory, and what only it could get wrong."""
 
+import itertools
 import logging
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import growkern
 from growkern import backend, ops
 from growkern.backend import available, use_backend
 from growkern.ops import ConvGeometry
+from growkern.ops.moments import Call, grouped_moments
 from growkern.ops.native import build_info
 
 PACKAGE = Path(growkern.__file__).parent
@@ -51,6 +53,7 @@ ONE_DRAW = [
             ("transformed", 33, (33, 5, 17), {"maps": (8, 7)}),
             ("transformed tiles", 5, (33, 5, 17), {"maps": (37, 34)}),
             ("stride 2", 33, (33, 5, 17), {"maps": (9, 8), "consumer": ConvGeometry(3, 2, 1)}),
+            ("phases", 33, (33, 5, 17), {"maps": (17, 16), "producer": ConvGeometry(3, 2, 1)}),
         )
     ),
 ]  # fmt: skip
@@ -79,6 +82,8 @@ TRANSFORMED = [
         ("wide padding", 16, (8, 8), ConvGeometry(3, 1, 3), ConvGeometry(3, 1, 2)),
         ("3×3 stride 2 then 3×3", 16, (13, 12), ConvGeometry(3, 2, 1), ConvGeometry(3, 1, 1)),
         ("3×3 then 3×3 stride 2", 16, (9, 8), ConvGeometry(3, 1, 1), ConvGeometry(3, 2, 1)),
+        ("7×5 stride 2, 1 then stride 1, 2", 16, (15, 8), ConvGeometry((7, 5), (2, 1), 2), ConvGeometry(3, (1, 2), 1)),
+        ("3×3 stride 2, dilation 2, twice", 16, (17, 18), ConvGeometry(3, 2, 2, 2), ConvGeometry(3, 2, 1)),
     )
 ]  # fmt: skip
 
@@ -125,6 +130,27 @@ def test_large_moments(case, threads):
             assert_accurate(case, dtype)
     finally:
         torch.set_num_threads(before)
+
+
+CONVOLUTIONS = [case for case in MOMENTS + LARGE + TRANSFORMED if case.op == "conv2d_moments" and case.batch]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_x_beside_ones_comes_from_the_sums_of_its_other_moment(case):
+    def calls_of(args, named):
+        call = Call(*args, **named)
+        nothing = call.h[:, :0]
+        return [call, Call(call.x, nothing, nothing, call.producer, ConvGeometry(1), x_bias=True)]
+
+    for dtype in case.dtypes:
+        args, named = case.arguments(dtype, seed=2)
+        with use_backend("cpp"):
+            found = grouped_moments(calls_of(args, named))
+        with use_backend("reference"):
+            expected = grouped_moments(calls_of(*to_double((args, named))))
+        for one, other in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            assert error(one, other) <= TOLERANCES[dtype]
+        assert torch.equal(found[1][0], found[1][0].T)
 
 
 @pytest.mark.parametrize("case", LARGE + ONE_DRAW + RUNS + TRANSFORMED, ids=str)

@@ -106,13 +106,14 @@ double correlation_cost(const Moment<T>& moment) {
 }
 
 template <class T>
-void Moment<T>::plan() {
-  std::array<std::vector<std::vector<AxisTerm>>, 2> axis_pairs;
-  for (int axis : {0, 1})
-    for (int64_t a = 0; a < u_window.taps[axis]; ++a)
-      for (int64_t b = 0; b < v_window.taps[axis]; ++b)
-        axis_pairs[axis].push_back(axis_terms(*this, axis, a, b));
-  const auto each_pair = [&](const auto& visit) {
+void Moment<T>::plan(const std::vector<Moment*>& others) {
+  std::vector<Moment*> all{this};
+  all.insert(all.end(), others.begin(), others.end());
+  const auto each_pair = [&](const Moment& moment, const auto& visit) {
+    std::array<std::vector<std::vector<AxisTerm>>, 2> axis_pairs;
+    for (int axis : {0, 1})
+      for (int64_t a = 0; a < u_window.taps[axis]; ++a)
+        for (int64_t b = 0; b < v_window.taps[axis]; ++b) axis_pairs[axis].push_back(axis_terms(moment, axis, a, b));
     const int64_t taps_u = u_window.count(), taps_v = v_window.count();
     for (int64_t a = 0; a < taps_u; ++a) {
       for (int64_t b = symmetric ? a : 0; b < taps_v; ++b) {
@@ -124,9 +125,10 @@ void Moment<T>::plan() {
     }
   };
   std::map<Pair, std::set<int64_t>> wanted;
-  each_pair([&](int64_t, const AxisTerm& y, const AxisTerm& x, int64_t shift) {
-    wanted[{y.position, x.position}].insert(shift);
-  });
+  for (const Moment* moment : all)
+    each_pair(*moment, [&](int64_t, const AxisTerm& y, const AxisTerm& x, int64_t shift) {
+      wanted[{y.position, x.position}].insert(shift);
+    });
   std::map<Pair, int64_t> index;
   const int64_t reached = kLanes<T> / v->width;  // positions in a panel row
   for (const auto& [where, shifts] : wanted) {
@@ -137,14 +139,16 @@ void Moment<T>::plan() {
     sums += static_cast<int64_t>(group.shifts.size());
     groups.push_back(std::move(group));
   }
-  terms.resize(u_window.count() * v_window.count());
-  each_pair([&](int64_t pair, const AxisTerm& y, const AxisTerm& x, int64_t shift) {
-    const int64_t group = index[{y.position, x.position}];
-    const auto& starts = groups[group].shifts;
-    const int64_t vector = std::upper_bound(starts.begin(), starts.end(), shift) - starts.begin() - 1;
-    const int64_t lane = (shift - starts[vector]) * v->width;
-    terms[pair].push_back({group, vector, lane, static_cast<T>(y.weight * x.weight)});
-  });
+  for (Moment* moment : all) {
+    moment->terms.resize(u_window.count() * v_window.count());
+    each_pair(*moment, [&](int64_t pair, const AxisTerm& y, const AxisTerm& x, int64_t shift) {
+      const int64_t group = index[{y.position, x.position}];
+      const auto& starts = groups[group].shifts;
+      const int64_t vector = std::upper_bound(starts.begin(), starts.end(), shift) - starts.begin() - 1;
+      const int64_t lane = (shift - starts[vector]) * v->width;
+      moment->terms[pair].push_back({group, vector, lane, static_cast<T>(y.weight * x.weight)});
+    });
+  }
 }
 
 template struct Moment<float>;

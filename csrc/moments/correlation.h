@@ -39,24 +39,36 @@ struct Group {
   int64_t first;                // the number of sums in the groups before this one
 };
 
+// Taps of a part of a window, numbered as in the whole one.
+struct Taps {
+  std::vector<int64_t> places;
+  int64_t all;
+};
+
 template <class T>
 struct Moment {
   Source<T>* u;
   Source<T>* v;
   Window u_window, v_window;
-  Weights weights;  // ω of the sample positions
-  bool symmetric;   // u and v are the same, and so are their windows
+  Taps u_taps, v_taps;  // where they are in the result
+  Weights weights;      // ω of the sample positions
+  bool symmetric;       // u and v are the same, and so are their windows
+  bool mirrored;        // part of a symmetric result, whose transpose belongs to it too
   bool u_bias, v_bias;
-  T* out;           // row-major; rows (channel, tap) of u and its bias, columns likewise of v; or null
-  T* null = nullptr;  // the same under each of v's draws of signs, one after the other
+  T* out;   // row-major; rows (channel, tap) of u and its bias, columns likewise of v; or null
+  T* null;  // the same under each of v's draws of signs, one after the other
+  int64_t like = -1;  // number of another moment, of which only weights, biases and result differ, and which has the sums
 
   std::vector<Group> groups;
   int64_t transformed = -1;  // the group whose sums a Spectrum makes, if any
   int64_t sums = 0;
   std::vector<std::vector<Term<T>>> terms;  // of each pair of taps; of a symmetric one only a ≤ b
 
-  int64_t rows() const { return u->channels * u_window.count() + u_bias; }
-  int64_t columns() const { return v->channels * v_window.count() + v_bias; }
+  int64_t rows() const { return u->channels * u_taps.all + u_bias; }
+  int64_t columns() const { return v->channels * v_taps.all + v_bias; }
+  // Whether it writes the row, the column of its result that belongs to ones: so do the parts with the first taps.
+  bool writes_row() const { return u_bias && u_taps.places[0] == 0; }
+  bool writes_column() const { return v_bias && v_taps.places[0] == 0 && !symmetric && !mirrored; }
   bool upper() const { return symmetric && u_window.count() == 1; }
   // Draws whose sums are beside those without, as v's panels are not repeated.
   int64_t summed_draws() const { return v->copied ? 0 : v->draws; }
@@ -66,7 +78,8 @@ struct Moment {
   // How many of each sum there are.
   int64_t sets() const { return image_by_image() ? v->sign_rows() : 1 + summed_draws(); }
   T* result(int64_t draw) const { return draw == 0 ? out : null + (draw - 1) * rows() * columns(); }
-  void plan();
+  // Finds the sums that this moment and those like it take, and the terms of all.
+  void plan(const std::vector<Moment*>& others);
 };
 
 // The smallest and largest shift of v against u along one axis.

@@ -16,6 +16,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -51,9 +52,9 @@ Geometry geometry(const std::vector<int64_t>& packed) {
 }
 
 template <class T>
-void sum_moments(const std::array<Map, 3>& maps, const ConvWindows& windows, bool full, bool x_bias, bool h_bias,
-                 const Six& out) {
-  const auto& [xx, xh, xv, hh, hv, vv] = out;
+void sum_moments(const std::array<Map, 3>& maps, const ConvWindows& windows, const ConvWindows* uniform, bool full,
+                 bool x_bias, bool h_bias, const Seven& out) {
+  const auto& [xx, xh, xv, hh, hv, vv, alike] = out;
   const Window own;
   Planner<T> planner(maps);
   planner.add(0, windows.x, x_bias, 0, windows.x, x_bias, windows.xx, data<T>(xx));
@@ -62,17 +63,19 @@ void sum_moments(const std::array<Map, 3>& maps, const ConvWindows& windows, boo
   planner.add(1, windows.h, h_bias, 1, windows.h, h_bias, windows.ones, data<T>(hh));
   planner.add(1, windows.h, h_bias, 2, own, false, windows.ones, data<T>(hv));
   planner.add(2, own, false, 2, own, false, windows.ones, data<T>(vv));
+  if (uniform != nullptr) planner.add(0, uniform->x, true, 0, uniform->x, true, uniform->xx, data<T>(alike));
   planner.run();
 }
 
-Six moments(const Tensor& x, const Tensor& h, const Tensor& v, const ConvWindows& windows, bool full, bool x_bias,
-            bool h_bias) {
+Seven moments(const Tensor& x, const Tensor& h, const Tensor& v, const ConvWindows& windows,
+              const ConvWindows* uniform, bool full, bool x_bias, bool h_bias) {
   const std::array<Map, 3> maps{map_of(x), map_of(h), map_of(v)};
   const int64_t p = maps[0].channels * windows.x.count() + x_bias, q = maps[1].channels * windows.h.count() + h_bias;
-  const int64_t r = maps[2].channels;
-  Six out{result(x, {p, p}), result(x, {p, full ? 0 : q}), result(x, {p, r * windows.target.count()}),
-          result(x, {q, q}), result(x, {q, r}),            result(x, {r, r})};
-  (is_double(x) ? sum_moments<double> : sum_moments<float>)(maps, windows, full, x_bias, h_bias, out);
+  const int64_t r = maps[2].channels, all = uniform == nullptr ? 0 : maps[0].channels * uniform->x.count() + 1;
+  Seven out{result(x, {p, p}), result(x, {p, full ? 0 : q}), result(x, {p, r * windows.target.count()}),
+            result(x, {q, q}), result(x, {q, r}),            result(x, {r, r}),
+            result(x, {all, all})};
+  (is_double(x) ? sum_moments<double> : sum_moments<float>)(maps, windows, uniform, full, x_bias, h_bias, out);
   return out;
 }
 
@@ -83,13 +86,18 @@ ConvWindows matrix_windows() {
 }
 
 Six linear_moments(const Tensor& x, const Tensor& h, const Tensor& v, bool x_bias, bool h_bias) {
-  return moments(x, h, v, matrix_windows(), false, x_bias, h_bias);
+  const auto& [xx, xh, xv, hh, hv, vv, _] = moments(x, h, v, matrix_windows(), nullptr, false, x_bias, h_bias);
+  return {xx, xh, xv, hh, hv, vv};
 }
 
-Six conv2d_moments(const Tensor& x, const Tensor& h, const Tensor& v, std::vector<int64_t> producer,
-                   std::vector<int64_t> consumer, bool full, bool x_bias, bool h_bias) {
-  const ConvWindows windows(geometry(producer), geometry(consumer), full, map_of(h).size, map_of(v).size);
-  return moments(x, h, v, windows, full, x_bias, h_bias);
+// With `uniform` also the moment of x and ones over all hidden positions, of which the sums of xx hold most.
+Seven conv2d_moments(const Tensor& x, const Tensor& h, const Tensor& v, std::vector<int64_t> producer,
+                     std::vector<int64_t> consumer, bool full, bool x_bias, bool h_bias, bool uniform) {
+  const Geometry one{{1, 1}, {1, 1}, {0, 0}, {1, 1}};
+  const Pair hidden = map_of(h).size;
+  const ConvWindows windows(geometry(producer), geometry(consumer), full, hidden, map_of(v).size);
+  const ConvWindows once(geometry(producer), one, true, hidden, hidden);
+  return moments(x, h, v, windows, uniform ? &once : nullptr, full, x_bias, h_bias);
 }
 
 template <class T>
@@ -98,9 +106,9 @@ void sum_residual(const std::array<Map, 3>& maps, const ConvWindows& windows, bo
   const auto& [xr, xr_null, hr_null] = out;
   Planner<T> planner(maps);
   planner.set_signs(data<T>(signs), signs.sizes()[0]);
-  planner.add(0, windows.x, x_bias, 2, windows.target, false, windows.xv, data<T>(xr)).null = data<T>(xr_null);
+  planner.add(0, windows.x, x_bias, 2, windows.target, false, windows.xv, data<T>(xr), data<T>(xr_null));
   if (!full && signs.sizes()[0] > 0)
-    planner.add(1, windows.h, h_bias, 2, Window{}, false, windows.ones, nullptr).null = data<T>(hr_null);
+    planner.add(1, windows.h, h_bias, 2, Window{}, false, windows.ones, nullptr, data<T>(hr_null));
   planner.run();
 }
 
@@ -135,7 +143,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(growkern_cpu, m) {
   m.def("linear_moments(Tensor x, Tensor h, Tensor v, bool x_bias, bool h_bias)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("conv2d_moments(Tensor x, Tensor h, Tensor v, int[] producer, int[] consumer, bool full, bool x_bias,"
-        " bool h_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        " bool h_bias, bool uniform) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_residual(Tensor x, Tensor h, Tensor r, Tensor signs, bool x_bias, bool h_bias)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("conv2d_residual(Tensor x, Tensor h, Tensor r, Tensor signs, int[] producer, int[] consumer, bool full,"

@@ -102,7 +102,8 @@ void emit(const Moment<T>& moment, const Item<T>* item, const T* sums, int64_t u
   weighted.from.clear();
   weighted.weights.clear();
   for (const Term<T>& term : terms) {
-    const int64_t offset = item->offset(u, v, moment.groups[term.group], term.vector) + draw * item->set_elements();
+    const Group& group = item->moment->groups[term.group];
+    const int64_t offset = item->offset(u, v, group, term.vector) + draw * item->set_elements();
     weighted.from.push_back(sums + item->start + offset + term.lane);
     weighted.weights.push_back(term.coefficient);
   }
@@ -114,21 +115,27 @@ void emit(const Moment<T>& moment, const Item<T>* item, const T* sums, int64_t u
 template <class T, class Holder>
 void assemble(const Moment<T>& moment, const T* sums, int64_t summed_draw, int64_t u, int64_t v,
               const Holder& holder) {
-  const int64_t taps_u = moment.u_window.count(), taps_v = moment.v_window.count();
+  const auto &places_u = moment.u_taps.places, &places_v = moment.v_taps.places;
+  const int64_t taps_u = moment.u_taps.all, taps_v = moment.v_taps.all;
   const int64_t stride = moment.columns(), width_u = moment.u->width, width_v = moment.v->width;
   const int64_t block = v % moment.v->channel_blocks;
   T* out = moment.result(summed_draw + v / moment.v->channel_blocks);
   if (out == nullptr) return;
   Weighted<T> weighted;
-  for (int64_t a = 0; a < taps_u; ++a) {
-    for (int64_t b = 0; b < taps_v; ++b) {
-      T* corner = out + (u * width_u * taps_u + a) * stride + block * width_v * taps_v + b;
+  const auto own_u = static_cast<int64_t>(places_u.size()), own_v = static_cast<int64_t>(places_v.size());
+  for (int64_t a = 0; a < own_u; ++a) {
+    for (int64_t b = 0; b < own_v; ++b) {
+      const int64_t row = u * width_u * taps_u + places_u[a], column = block * width_v * taps_v + places_v[b];
+      T* corner = out + row * stride + column;
       if (moment.symmetric && (a > b || (a == b && u > v))) {
-        const auto& terms = moment.terms[b * taps_v + a];
+        const auto& terms = moment.terms[b * own_v + a];
         emit(moment, holder(v, u), sums, v, u, summed_draw, terms, weighted, corner, taps_v, stride * taps_u);
       } else {
-        const auto& terms = moment.terms[a * taps_v + b];
+        const auto& terms = moment.terms[a * own_v + b];
         emit(moment, holder(u, v), sums, u, v, summed_draw, terms, weighted, corner, stride * taps_u, taps_v);
+        if (moment.mirrored)
+          emit(moment, holder(u, v), sums, u, v, summed_draw, terms, weighted, out + column * stride + row, taps_u,
+               stride * taps_v);
       }
       if (moment.symmetric && a == b && u == v) {
         const int64_t channels = moment.u->channels_of(u);
@@ -142,12 +149,12 @@ void assemble(const Moment<T>& moment, const T* sums, int64_t summed_draw, int64
 
 // Σ_l ω(l) times what each tap of a source reads at l, for one draw: entry (channel, tap) goes to out[… · step].
 template <class T>
-void write_sums(const Source<T>& source, const Panels<T>& panels, const Window& window, const Weights& weights,
-                int64_t draw, T* out, int64_t step) {
+void write_sums(const Source<T>& source, const Panels<T>& panels, const Window& window, const Taps& taps,
+                const Weights& weights, int64_t draw, T* out, int64_t step) {
   const Pair apart = source.summed_size();
-  const int64_t taps = window.count(), elements = apart[0] * apart[1] * source.width;
+  const int64_t elements = apart[0] * apart[1] * source.width;
   const double* sums = panels.sums.data() + draw * source.channel_blocks * elements;
-  for (int64_t tap = 0; tap < taps; ++tap) {
+  for (int64_t tap = 0; tap < window.count(); ++tap) {
     std::vector<std::vector<std::pair<int64_t, double>>> read(2);  // positions and their weights
     for (int axis : {0, 1}) {
       const int64_t t = axis == 0 ? tap / window.taps[1] : tap % window.taps[1];
@@ -158,14 +165,15 @@ void write_sums(const Source<T>& source, const Panels<T>& panels, const Window& 
     }
     for (int64_t channel = 0; channel < source.channels; ++channel) {
       const double* sum = sums + channel / source.width * elements + channel % source.width;
+      T& to = out[(channel * taps.all + taps.places[tap]) * step];
       if (source.lumped) {
-        out[channel * step] = static_cast<T>(*sum);
+        to = static_cast<T>(*sum);
         continue;
       }
       double value = 0;
       for (const auto& [y, wy] : read[0])
         for (const auto& [x, wx] : read[1]) value += wy * wx * sum[(y * source.size[1] + x) * source.width];
-      out[(channel * taps + tap) * step] = static_cast<T>(value);
+      to = static_cast<T>(value);
     }
   }
 }
@@ -176,16 +184,19 @@ void write_bias(const Moment<T>& moment, const std::vector<Panels<T>>& panels, i
   for (int64_t draw = 0; draw <= moment.v->draws; ++draw) {
     T* out = moment.result(draw);
     if (out == nullptr) continue;
-    if (moment.u_bias)
-      write_sums(*moment.v, panels[moment.v->index], moment.v_window, moment.weights, draw,
-                 out + (rows - 1) * columns, 1);
-    if (moment.symmetric && moment.v_bias) {
-      for (int64_t i = 0; i + 1 < rows; ++i) out[i * columns + columns - 1] = out[(rows - 1) * columns + i];
-    } else if (moment.v_bias) {
+    if (moment.writes_row()) {
+      T* row = out + (rows - 1) * columns;
+      write_sums(*moment.v, panels[moment.v->index], moment.v_window, moment.v_taps, moment.weights, draw, row, 1);
+      if (moment.symmetric || moment.mirrored)
+        for (int64_t first = 0; first + 1 < rows; first += moment.v_taps.all)
+          for (int64_t place : moment.v_taps.places) out[(first + place + 1) * columns - 1] = row[first + place];
+    }
+    if (moment.writes_column()) {
       Weights weights = moment.weights;
       if (!moment.u->weights[0].empty())  // patches carry them already
         for (auto& axis : weights) std::fill(axis.begin(), axis.end(), 1.0);
-      write_sums(*moment.u, panels[moment.u->index], moment.u_window, weights, draw, out + columns - 1, columns);
+      write_sums(*moment.u, panels[moment.u->index], moment.u_window, moment.u_taps, weights, draw, out + columns - 1,
+                 columns);
     }
     if (moment.u_bias && moment.v_bias) {
       double total[2] = {0, 0};
@@ -291,9 +302,12 @@ void Batch<T>::run() {
     image_bytes += source->blocks * source->pitch[0] * source->pitch[1] * source->width * sizeof(T);
   }
   for (Moment<T>& moment : moments) {
-    moment.plan();
-    if (moment.u_bias) want_sums(*moment.v, moment.v_window, moment.weights);
-    if (moment.v_bias) want_sums(*moment.u, moment.u_window, moment.weights);
+    std::vector<Moment<T>*> others;
+    for (Moment<T>& other : moments)
+      if (other.like == &moment - moments.data()) others.push_back(&other);
+    if (moment.like < 0) moment.plan(others);
+    if (moment.writes_row()) want_sums(*moment.v, moment.v_window, moment.weights);
+    if (moment.writes_column()) want_sums(*moment.u, moment.u_window, moment.weights);
     for (const Group& group : moment.groups)
       for (int64_t shift : group.shifts) reach = std::max(reach, std::abs(shift));
   }
@@ -331,7 +345,8 @@ void Batch<T>::run() {
 
   for (const Moment<T>& moment : moments) {
     const int64_t blocks = moment.v->blocks;
-    const auto holder = [&](int64_t u, int64_t v) { return plan.holder(moment, u, v); };
+    const Moment<T>& summed = moment.like < 0 ? moment : moments[moment.like];
+    const auto holder = [&](int64_t u, int64_t v) { return plan.holder(summed, u, v); };
     const int64_t pairs = moment.u->blocks * blocks;
     parallel(pairs * (1 + moment.summed_draws()), [&](int64_t task) {
       assemble(moment, sums.get(), task / pairs, task % pairs / blocks, task % pairs % blocks, holder);

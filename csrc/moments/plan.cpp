@@ -8,6 +8,8 @@ namespace {
 
 // What gathering patches costs beside multiplying them, about.
 constexpr double kGather = 1.3;
+// Strides beyond, of samples or of half positions, make more sums than they save.
+constexpr int64_t kFarthest = 2;
 
 bool all_ones(const Weights& weights) {
   return std::all_of(weights.begin(), weights.end(), [](const std::vector<double>& axis) {
@@ -15,17 +17,44 @@ bool all_ones(const Weights& weights) {
   });
 }
 
-// Makes a window dense along one axis: where samples are two positions apart for it or the other one, the samples
-// between them are counted too, and then, or where it reads every half position, positions of the map are put apart.
-int64_t spread(Window& window, int axis, bool samples_apart) {
-  int64_t apart = window.divisor[axis];
-  if (samples_apart && window.stride[axis] == 1) {
-    apart *= 2;
-    window.offset[axis] *= 2;
-    window.step[axis] *= 2;
+// What some taps of a window read at a stride: each position of a smaller map, every stride-th of the whole one.
+struct Part {
+  Map map;
+  Window window;
+  Taps taps;
+};
+
+// Along one axis: taps first, first + every, … of a window read positions of one remainder, the phase.
+struct AxisPart {
+  int64_t phase, first, every, taps, offset, step;
+};
+
+std::vector<AxisPart> parts_along(const Window& window, int axis) {
+  const int64_t stride = window.stride[axis], every = stride / std::gcd(stride, window.step[axis]);
+  std::vector<AxisPart> parts;
+  for (int64_t first = 0; first < std::min(every, window.taps[axis]); ++first) {
+    const int64_t read = window.offset[axis] + window.step[axis] * first, phase = (read % stride + stride) % stride;
+    parts.push_back({phase, first, every, (window.taps[axis] - first + every - 1) / every, (read - phase) / stride,
+                     window.step[axis] * every / stride});
   }
-  window.stride[axis] = window.divisor[axis] = 1;
-  return apart;
+  return parts;
+}
+
+std::vector<Part> parts_of(const Map& map, const Window& window) {
+  std::vector<Part> parts;
+  for (const AxisPart& down : parts_along(window, 0)) {
+    for (const AxisPart& along : parts_along(window, 1)) {
+      Part part{map.every(window.stride, {down.phase, along.phase}), {}, {{}, window.count()}};
+      part.window.taps = {down.taps, along.taps};
+      part.window.offset = {down.offset, along.offset};
+      part.window.step = {down.step, along.step};
+      for (int64_t y = 0; y < down.taps; ++y)
+        for (int64_t x = 0; x < along.taps; ++x)
+          part.taps.places.push_back((down.first + y * down.every) * window.taps[1] + along.first + x * along.every);
+      parts.push_back(std::move(part));
+    }
+  }
+  return parts;
 }
 
 }  // namespace
@@ -35,14 +64,14 @@ Weights constant(const Pair& size, double value) {
 }
 
 template <class T>
-Source<T>* Planner<T>::whole(int map, const Pair& apart) {
+Source<T>* Planner<T>::whole(const Map& map, const Pair& apart) {
   for (auto& known : batch_.sources)
-    if (!known->patches && known->map == maps_[map] && known->apart == apart) return known.get();
+    if (!known->patches && known->map == map && known->apart == apart) return known.get();
   Source<T> source;
-  source.map = maps_[map];
+  source.map = map;
   source.apart = apart;
-  for (int axis : {0, 1}) source.size[axis] = std::max<int64_t>(0, (maps_[map].size[axis] - 1) * apart[axis] + 1);
-  source.channels = maps_[map].channels;
+  for (int axis : {0, 1}) source.size[axis] = std::max<int64_t>(0, (map.size[axis] - 1) * apart[axis] + 1);
+  source.channels = map.channels;
   batch_.sources.push_back(std::make_unique<Source<T>>(std::move(source)));
   return batch_.sources.back().get();
 }
@@ -66,51 +95,73 @@ Source<T>* Planner<T>::patches(int map, const Window& window, const Weights& wei
 }
 
 template <class T>
-Moment<T>& Planner<T>::add(int u, const Window& u_window, bool u_bias, int v, const Window& v_window, bool v_bias,
-                           const Weights& weights, T* out) {
-  Moment<T> moment;
-  moment.weights = weights;
-  moment.symmetric = u == v && u_window == v_window;
-  moment.u_bias = u_bias;
-  moment.v_bias = v_bias;
-  moment.out = out;
+void Planner<T>::add(int u, const Window& u_window, bool u_bias, int v, const Window& v_window, bool v_bias,
+                     const Weights& weights, T* out, T* null) {
+  const bool symmetric = u == v && u_window == v_window;
+  Moment<T> whole_moment{.weights = weights, .u_bias = u_bias, .v_bias = v_bias, .out = out, .null = null};
   const Pair size{static_cast<int64_t>(weights[0].size()), static_cast<int64_t>(weights[1].size())};
-  const double gathered = (moment.symmetric ? 0.5 : 1) * kGather * static_cast<double>(size[0] * size[1]) *
+  const double gathered = (symmetric ? 0.5 : 1) * kGather * static_cast<double>(size[0] * size[1]) *
                           static_cast<double>(u_window.count() * v_window.count());
-  moment.u_window = u_window;
-  moment.v_window = v_window;
-  Pair u_apart, v_apart;
   bool near = true;
-  for (int axis : {0, 1}) {
-    const bool samples_apart = u_window.stride[axis] == 2 || v_window.stride[axis] == 2;
-    near &= std::max(u_window.stride[axis], v_window.stride[axis]) <= 2;
-    u_apart[axis] = spread(moment.u_window, axis, samples_apart);
-    v_apart[axis] = spread(moment.v_window, axis, samples_apart);
-    near &= u_apart[axis] <= 2 && v_apart[axis] <= 2;
-    if (!samples_apart) continue;
-    auto& along = moment.weights[axis];
-    along.assign(2 * size[axis], 0);
-    for (int64_t sample = 0; sample < size[axis]; ++sample) along[2 * sample] = weights[axis][sample];
-  }
-  if (near) {
-    moment.u = whole(u, u_apart);
-    moment.v = whole(v, v_apart);
-  }
-  if (near && correlation_cost(moment) <= gathered) {
-    for (int axis : {0, 1}) {
-      // Zeros enough that no shift reaches from one row or image into the next.
-      const Pair shifts = shift_range(moment.u_window, moment.v_window, axis);
-      const int64_t u_size = moment.u->size[axis], v_size = moment.v->size[axis];
-      pitch_[axis] = std::max({pitch_[axis], u_size, v_size, v_size - shifts[0], u_size + shifts[1]});
+  for (int axis : {0, 1})
+    for (const Window* window : {&u_window, &v_window})
+      near &= window->stride[axis] <= kFarthest && window->divisor[axis] <= kFarthest;
+  std::vector<Moment<T>> moments;
+  double cost = 0;
+  const std::vector<Part> u_parts = near ? parts_of(maps_[u], u_window) : std::vector<Part>{};
+  const std::vector<Part> v_parts = near ? parts_of(maps_[v], v_window) : std::vector<Part>{};
+  for (size_t i = 0; i < u_parts.size(); ++i) {
+    for (size_t j = symmetric ? i : 0; j < v_parts.size(); ++j) {
+      Moment<T> moment = whole_moment;
+      // Where a window reads every half position, positions of the map are put apart.
+      moment.u = whole(u_parts[i].map, u_window.divisor);
+      moment.v = whole(v_parts[j].map, v_window.divisor);
+      moment.u_window = u_parts[i].window;
+      moment.v_window = v_parts[j].window;
+      moment.u_taps = u_parts[i].taps;
+      moment.v_taps = v_parts[j].taps;
+      moment.symmetric = symmetric && i == j;
+      moment.mirrored = symmetric && i != j;
+      cost += correlation_cost(moment);
+      moments.push_back(std::move(moment));
     }
-  } else {
-    moment.u = patches(u, u_window, weights, size);
-    moment.v = patches(v, v_window, constant(size, 1), size);
-    moment.u_window = moment.v_window = Window{};
-    moment.weights = weights;
   }
-  batch_.moments.push_back(std::move(moment));
-  return batch_.moments.back();
+  if (!near || cost > gathered) {
+    moments.assign(1, whole_moment);
+    moments[0].u = patches(u, u_window, weights, size);
+    moments[0].v = patches(v, v_window, constant(size, 1), size);
+    moments[0].u_taps = moments[0].v_taps = {{0}, 1};
+    moments[0].symmetric = symmetric;
+  }
+  for (Moment<T>& moment : moments) {
+    for (const Moment<T>& known : batch_.moments)
+      if (known.like < 0 && known.u == moment.u && known.v == moment.v && known.u_window == moment.u_window &&
+          known.v_window == moment.v_window && known.symmetric == moment.symmetric && known.mirrored == moment.mirrored)
+        moment.like = &known - batch_.moments.data();
+    batch_.moments.push_back(std::move(moment));
+  }
+}
+
+// Zeros enough that no shift reaches from one row or image into the next; what is shifted against each other has one
+// pitch.
+template <class T>
+void Planner<T>::set_pitches() {
+  for (auto& source : batch_.sources)
+    if (!source->patches) source->pitch = {1, 1};
+  for (bool changed = true; changed;) {
+    changed = false;
+    for (Moment<T>& moment : batch_.moments) {
+      if (moment.u->patches) continue;
+      for (int axis : {0, 1}) {
+        const Pair shifts = shift_range(moment.u_window, moment.v_window, axis);
+        const int64_t u_size = moment.u->size[axis], v_size = moment.v->size[axis];
+        int64_t &u_pitch = moment.u->pitch[axis], &v_pitch = moment.v->pitch[axis];
+        const int64_t pitch = std::max({u_pitch, v_pitch, u_size, v_size, v_size - shifts[0], u_size + shifts[1]});
+        changed |= u_pitch != pitch || v_pitch != pitch;
+        u_pitch = v_pitch = pitch;
+      }
+    }
+  }
 }
 
 template <class T>
@@ -121,6 +172,7 @@ void Planner<T>::set_signs(const T* signs, int64_t draws) {
 
 template <class T>
 void Planner<T>::run() {
+  set_pitches();
   const auto is_sign = [](T value) { return value == 1 || value == -1; };
   if (draws_ == 1 && std::all_of(signs_, signs_ + batch_.images, is_sign)) {
     const auto positive = [this](int64_t image) { return signs_[image] > 0; };
@@ -135,15 +187,13 @@ void Planner<T>::run() {
     moment.v->signs = signs_;
     moment.v->draws = draws_;
     // The row of a matrix is not worth its own sums.
-    moment.v->copied = draws_ > 0 && batch_.order.empty() && maps_[0].size == Pair{1, 1} && pitch_ == Pair{1, 1} && !moment.v->patches;
+    moment.v->copied = draws_ > 0 && batch_.order.empty() && moment.u->is_matrix() && moment.v->is_matrix();
   }
   // Of the sources those that were only considered are not packed.
   std::erase_if(batch_.sources, [&](const auto& source) {
     return std::none_of(batch_.moments.begin(), batch_.moments.end(),
                         [&](const Moment<T>& moment) { return moment.u == source.get() || moment.v == source.get(); });
   });
-  for (auto& source : batch_.sources)
-    if (!source->patches) source->pitch = pitch_;
   batch_.run();
 }
 

@@ -18,19 +18,19 @@ class Planner {
  public:
   explicit Planner(std::array<Map, 3> maps) : maps_(std::move(maps)) { batch_.images = maps_[0].images; }
 
-  // Σ_l ω(l) u_l v_lᵀ of two of the maps.
-  Moment<T>& add(int u, const Window& u_window, bool u_bias, int v, const Window& v_window, bool v_bias,
-                 const Weights& weights, T* out);
+  // Σ_l ω(l) u_l v_lᵀ of two of the maps, and the same under every draw, if wanted.
+  void add(int u, const Window& u_window, bool u_bias, int v, const Window& v_window, bool v_bias,
+           const Weights& weights, T* out, T* null = nullptr);
   // Draws of signs, one per image, under which the last map is summed as well.
   void set_signs(const T* signs, int64_t draws);
   void run();
 
  private:
-  Source<T>* whole(int map, const Pair& apart);
+  Source<T>* whole(const Map& map, const Pair& apart);
+  void set_pitches();
   Source<T>* patches(int map, const Window& window, const Weights& weights, const Pair& size);
 
   std::array<Map, 3> maps_;
-  Pair pitch_{1, 1};
   const T* signs_ = nullptr;
   int64_t draws_ = 0;
   Batch<T> batch_;

@@ -16,6 +16,28 @@ Buffer<T> allocate(int64_t elements) {
 template Buffer<float> allocate<float>(int64_t);
 template Buffer<double> allocate<double>(int64_t);
 
+namespace {
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+const void* at(const Map& map, int64_t image, int64_t channel, int64_t row, int64_t column) {
+  const int64_t element =
+      image * map.stride[0] + channel * map.stride[1] + row * map.stride[2] + column * map.stride[3];
+  return static_cast<const char*>(map.data) + element * bytes_of(map.dtype);
+}
+
+}  // namespace
+
+Map Map::every(const Pair& apart, const Pair& first) const {
+  Map part = *this;
+  part.data = at(*this, 0, 0, first[0], first[1]);
+  for (int axis : {0, 1}) {
+    part.size[axis] = std::max<int64_t>(0, (size[axis] - first[axis] + apart[axis] - 1) / apart[axis]);
+    part.stride[2 + axis] *= apart[axis];
+  }
+  return part;
+}
+
 template <class T>
 void Source<T>::lay_out() {
   // Few channels: a panel row then holds two or four positions, so that no lane is idle.
@@ -52,14 +74,6 @@ Panels<T> Source<T>::reserve(int64_t images, int64_t reach) const {
 }
 
 namespace {
-
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
-const void* at(const Map& map, int64_t image, int64_t channel, int64_t row, int64_t column) {
-  const int64_t element =
-      image * map.stride[0] + channel * map.stride[1] + row * map.stride[2] + column * map.stride[3];
-  return static_cast<const char*>(map.data) + element * bytes_of(map.dtype);
-}
 
 // One row of sample positions of all features of a block.
 template <class T>

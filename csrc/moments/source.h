@@ -21,6 +21,8 @@ struct Map {
   std::array<int64_t, 4> stride;  // in elements
 
   bool operator==(const Map&) const = default;
+  // Every `apart`-th row and column, from the first on.
+  Map every(const Pair& apart, const Pair& first) const;
 };
 
 // At sample position l, tap a reads (stride·l + offset + step·a) / divisor, where that is whole and inside the map;

@@ -10,7 +10,8 @@ namespace growkern {
 namespace {
 
 // From so many shifts on, and so many tiles of images, transforms and mixing are worth the products that are saved.
-constexpr int64_t kLeastShifts = 5, kLeastTiles = 16;
+// The fewer shifts, the more tiles it takes.
+constexpr int64_t kLeastShifts = 5, kLeastTiles = 16, kLeastSums = 400;
 // Positions of a tile along one axis: many, because large tiles have fewer frequencies for each position, unless there
 // are too few tiles then.
 constexpr int64_t kMostPositions = 32, kFewPositions = 8;
@@ -105,9 +106,15 @@ void Spectrum<T>::take(std::vector<Moment<T>>& moments, int64_t images) {
     for (int axis : {0, 1}) lay_out(axes_[axis], u_size[axis], v_size[axis], most);
     if (images * tiles() >= kLeastTiles) break;
   }
-  const bool pays = images * tiles() >= kLeastTiles;
+  bool pays = images * tiles() >= kLeastTiles;
+  for (const Axis& axis : axes_) pays &= axis.tiles == 1 || axis.tile >= kFewPositions;
   for (Moment<T>& moment : moments) {
-    if (!pays) moment.transformed = -1;
+    // On a torus for much larger maps, each of its positions costs as much as one of theirs.
+    const Pair& size = moment.u->size;
+    if (!pays || 2 * size[0] * size[1] < u_size[0] * u_size[1]) moment.transformed = -1;
+    if (moment.transformed < 0) continue;
+    const auto shifts = static_cast<int64_t>(moment.groups[moment.transformed].shifts.size());
+    if (images * tiles() * (moment.symmetric ? 2 : 1) * shifts < kLeastSums) moment.transformed = -1;
     if (moment.transformed < 0) continue;
     const Side *u = side(moment.u, true), *v = side(moment.v, false);
     for (int64_t u0 = 0; u0 < moment.u->blocks; u0 += kTaskBlocks[0])

@@ -24,7 +24,7 @@ from growkern.ops.moments.checks import (
 from growkern.ops.moments.geometry import ConvGeometry
 
 if native.load("cpu"):
-    from growkern.ops.moments import cpp  # noqa: F401
+    from growkern.ops.moments import cpp
 if native.load("cuda"):
     from growkern.ops.moments import cuda
 
@@ -332,9 +332,27 @@ def _residual(call: Residual) -> Three:
     return conv2d_residual(x, h, v, call.update, producer=made, consumer=read, kernel=kernel, **named)
 
 
+def _with_uniform(calls: Sequence[Call]) -> list[Six]:
+    """Sum the moments of every site, together with those of its x and ones alone where they come next."""
+    found: list[Six] = []
+    for number, call in enumerate(calls):
+        if len(found) > number:
+            continue
+        following = calls[number + 1] if number + 1 < len(calls) else None
+        if following is None or not following.is_uniform_of(call):
+            found.append(_moments(call))
+            continue
+        following.check()
+        six, uniform = cpp.moments_and_uniform(call)
+        none = uniform[:, :0]
+        found += [six, (uniform, none, none, none[:0], none[:0], none[:0])]
+    return found
+
+
 for _backend in ("cpp", "reference"):
-    register("grouped_moments", _backend)(lambda calls: [_moments(call) for call in calls])
     register("grouped_residuals", _backend)(lambda calls: [_residual(call) for call in calls])
+register("grouped_moments", "cpp")(_with_uniform if native.load("cpu") else lambda calls: list(map(_moments, calls)))
+register("grouped_moments", "reference")(lambda calls: list(map(_moments, calls)))
 
 
 define(

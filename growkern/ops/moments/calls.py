@@ -1,5 +1,7 @@
 """Calls of the moments as values, so that those of several sites can be made together."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +65,12 @@ class Call(NamedTuple):
             return linear_plan((self.x.shape[1], self.h.shape[1], self.v.shape[1]), self.x_bias, self.h_bias)
         shapes = shapes_of(self.x, self.h, self.v)
         return conv2d_plan(*shapes, self.producer, self.consumer, self.full, self.x_bias, self.h_bias)
+
+    def is_uniform_of(self, other: Call) -> bool:
+        """Whether this asks for the moment of the other's x and ones alone, over all positions of the hidden map."""
+        nothing = not (self.h.shape[1] or self.v.shape[1] or self.h_bias) and self.x_bias and self.full
+        alike = self.x is other.x and self.producer == other.producer and self.h.shape[2:] == other.h.shape[2:]
+        return nothing and alike and self.consumer == ConvGeometry(1)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Give x, h and v as they are."""

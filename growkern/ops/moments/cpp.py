@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growkern.backend import register, result_dtype
+from growkern.ops.moments.calls import Call
 from growkern.ops.moments.geometry import ConvGeometry
 from growkern.ops.moments.reference import matmul_precision
 
@@ -35,7 +36,17 @@ def conv2d_moments(
     precision: str,
 ) -> Six:
     """Sum the six moments as correlations at strides 1 and 2, and from patches gathered in cache otherwise."""
-    return native.conv2d_moments(x, h, v, producer, consumer, kernel == "full", x_bias, h_bias)
+    return native.conv2d_moments(x, h, v, producer, consumer, kernel == "full", x_bias, h_bias, False)[:6]
+
+
+def moments_and_uniform(call: Call) -> tuple[Six, Tensor]:
+    """Sum the moments of one convolution, and that of x and ones over all hidden positions from the same sums."""
+    call.check()
+    x, h, v = (each.detach() for each in call.tensors())
+    producer, consumer = call.geometries() or ([], [])
+    *six, uniform = native.conv2d_moments(x, h, v, producer, consumer, call.full, call.x_bias, call.h_bias, True)
+    xx, xh, xv, hh, hv, vv = six
+    return (xx, xh, xv, hh, hv, vv), uniform
 
 
 @register("linear_residual", "cpp")
