@@ -211,7 +211,9 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
 
 def _is_here(backend: str) -> bool:
     """Whether a backend that is registered can run; asked only where it matters, as it may start CUDA."""
-    return has_triton() if backend == "triton" else backend != "cuda" or torch.cuda.is_available()
+    if backend == "triton":
+        return has_triton()
+    return "cpu" in DEVICES.get(backend, ("cpu",)) or torch.cuda.is_available()
 
 
 @functools.cache
