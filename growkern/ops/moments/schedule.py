@@ -1,6 +1,7 @@
 """A plan laid out for a launch: tables on the device that tell every program its tile and its positions."""
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from growkern.ops.moments.plan import ONES, Piece, Plan, Product
+from growkern.ops.moments.bundles import Line, bundled, is_same_walk
+from growkern.ops.moments.plan import ONES, Plan, Product
 
 FIELDS = 22  # of a product
 REGION_FIELDS = 11
@@ -133,98 +135,145 @@ def schedule(
     -------
     Schedule
         The tables.
-
     """
     refuse_capture(device)
+    lines = bundled(plans, tiles.shifts)
     extents = np.array([plan.extent(p) for plan in plans for p in range(len(plan.products))], np.int64).reshape(-1, 2)
-    bundles = _bundled(plans, tiles.shifts)
-    owners = [(each.owner, each.product) for each in bundles]
-    count, times = len(owners), 1 if runs else draws  # that a product is summed
-    areas = np.array([p.rows.length * p.columns.length for _, p in owners], np.int64)
-    sizes, positions = extents.prod(1), areas * np.array([images[i] for i, _ in owners], np.int64)
-    # The sums of one bundle follow each other.
-    order = np.lexsort(np.array([(each.place, each.first) for each in bundles], np.int64).reshape(-1, 2).T)
-    slots, offsets = int(sizes.sum()), np.empty(count, np.int64)
-    offsets[order] = np.cumsum(sizes[order]) - sizes[order]
+    areas = np.array([p.rows.length * p.columns.length for _, p, *_ in lines], np.int64)
+    sizes, positions = extents.prod(1), areas * np.array([images[line.owner] for line in lines], np.int64)
     square = tiles.block_m == tiles.block_n  # then a symmetric product needs no tiles below the diagonal
-    symmetric = np.array([square and p.u == p.v and _same(p.rows) and _same(p.columns) for _, p in owners], bool)
+    symmetric = np.array(
+        [square and p.u == p.v and is_same_walk(p.rows) and is_same_walk(p.columns) for _, p, *_ in lines], bool
+    )
     blocks = _blocks(extents, positions, tiles)
-    grid = [
-        np.empty((0, 2), np.int64) if each.place else _grid(extents[i], symmetric[i], blocks[i])
-        for i, each in enumerate(bundles)
+    grids = [
+        np.empty((0, 2), np.int64) if line.place else _grid(*each)
+        for line, *each in zip(lines, extents, symmetric, blocks, strict=True)
     ]
     if runs:
-        lengths = areas * np.array([runs[i] for i, _ in owners], np.int64)
-        splits = -(-positions // np.maximum(1, lengths))
-        apart = np.ones(count, bool)
+        lengths = areas * np.array([runs[line.owner] for line in lines], np.int64)
+        splits, apart = -(-positions // np.maximum(1, lengths)), np.ones(len(lines), bool)
     else:
-        work = sum(len(each) * k for each, k in zip(grid, positions, strict=True)) * draws
-        length = max(SHORTEST, -(-work // max(1, processors * tiles.programs)))
-        length = min(length, max(SHORTEST, int(positions.max(initial=1))))
-        while True:
-            length = -(-length // SHORTEST) * SHORTEST
-            splits = np.maximum(1, -(-positions // length))
-            apart = splits > 1
-            if (splits * sizes)[apart].sum() * draws <= most or not apart.any():
-                break
-            length *= 2
-        lengths = np.full(count, length)
+        work = sum(len(grid) * k for grid, k in zip(grids, positions, strict=True)) * draws
+        share = -(-work // max(1, processors * tiles.programs))
+        lengths, splits, apart = _split(share, positions, sizes * draws, most)
+
+    # The workspace: the slots of every draw, then what has to be added up to them.
+    order = np.lexsort(np.array([(line.place, line.first) for line in lines], np.int64).reshape(-1, 2).T)
     partial = np.where(apart, splits * sizes, 0)
-    spare = int(partial.sum())
-    starts = np.empty(count, np.int64)
-    starts[order] = np.cumsum(partial[order]) - partial[order]
-    targets = np.where(apart, slots * draws + starts, offsets)
+    slots, spare, times = int(sizes.sum()), int(partial.sum()), 1 if runs else draws  # that a product is summed
+    offsets = _stacked(sizes, order)
+    targets = np.where(apart, slots * draws + _stacked(partial, order), offsets)
+    pitches = np.where(apart, partial, sizes)  # from the sums of one shift to those of the next
     rows, items, sums = [], [], []
-    for draw in range(times):
-        for number, (owner, product) in enumerate(owners):
-            target = int(targets[number]) + draw * (spare if apart[number] else slots)
-            where = product.rows.length * product.columns.length, product.columns.length
-            sums_of = lengths[number], target, sizes[number]
-            plan, before = plans[owner], owner * len(plans[owner].channels)
-            walks = _walk(product, plan.sizes[product.u], 0) + _walk(product, plan.sizes[product.v], 1)
-            sources = before + product.u, before + product.v
-            shifting = product.columns.v, plan.sizes[product.v][1], partial[number] if apart[number] else sizes[number]
-            rows.append((*sources, *extents[number], *where, *sums_of, *walks, draw, symmetric[number], *shifting))
-            table = np.empty((splits[number], len(grid[number]), 4), np.int32)
-            table[..., 0] = draw * count + number
-            table[..., 1:3] = grid[number]
-            table[..., 3] = np.arange(splits[number])[:, None]
-            items.append(table.reshape(-1, 4))
-            if apart[number]:
-                chunks = np.arange(-(-sizes[number] // (COMBINE_BLOCK if runs else SUM_BLOCK)))
-                task = np.empty((len(chunks), 6), np.int64)
-                task[:, :4] = target, offsets[number] + draw * slots, sizes[number], splits[number]
-                task[:, 4], task[:, 5] = chunks, owner
-                sums.append(task)
+    for draw, (number, line) in itertools.product(range(times), enumerate(lines)):
+        target = int(targets[number]) + draw * (spare if apart[number] else slots)
+        sums_of = lengths[number], target, sizes[number]
+        rows.append(_product_row(line, plans, extents[number], sums_of, draw, symmetric[number], pitches[number]))
+        items.append(_items(draw * len(lines) + number, grids[number], int(splits[number])))
+        if apart[number]:
+            chunks = np.arange(-(-sizes[number] // (COMBINE_BLOCK if runs else SUM_BLOCK)))
+            task = np.empty((len(chunks), 6), np.int64)
+            task[:, :4] = target, offsets[number] + draw * slots, sizes[number], splits[number]
+            task[:, 4], task[:, 5] = chunks, line.owner
+            sums.append(task)
+
     tables = _joined(items, 4, np.int32)
-    products = tables[:, 0] % max(1, count)
-    shifts = np.array([each.shifts for each in bundles], np.int64)
-    kinds = np.column_stack([np.column_stack([blocks, shifts])[products], tables[:, 0] >= count])
+    products = tables[:, 0] % max(1, len(lines))
+    shifts = np.array([line.shifts for line in lines], np.int64)
+    kinds = np.column_stack([blocks[products], shifts[products], tables[:, 0] >= len(lines)])
     # Programs that run at the same time should read the same positions; the short ones fill the gaps at the end.
     small = np.minimum(lengths, positions)[products] < lengths.max(initial=1)
     ordered = np.lexsort((tables[:, 3], small, *kinds.T[::-1]))
-    tables, kinds = tables[ordered], kinds[ordered]
     *assembly, programs = _assembly(plans, offsets, extents)
-    arrays = (np.array(rows, np.int64).reshape(-1, FIELDS), tables, _joined(sums, 6, np.int64), *assembly)
-    elements = slots * draws + spare * times
+    arrays = (np.array(rows, np.int64).reshape(-1, FIELDS), tables[ordered], _joined(sums, 6, np.int64), *assembly)
     names = "products", "items", "sums", "regions", "starts", "terms", "weights"
     uploaded = dict(zip(names, _uploaded(arrays, device), strict=True))
-    launches, start = [], 0
-    for (block_m, block_n, shifted, signed), length in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
-        # Narrow tiles have more operands for each sum, and so more warps.
-        warps = min(tiles.warps, max(1, 2 * tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n)))
-        part = uploaded["items"][start : start + int(length)]
-        launches.append(Launch(int(block_m), int(block_n), int(shifted), bool(signed), warps, part))
-        start += int(length)
     return Schedule(
         **uploaded,
-        launches=tuple(launches),
+        launches=_launches(uploaded["items"], kinds, tiles),
         slots=slots,
         draws=draws,
-        elements=elements,
+        elements=slots * draws + spare * times,
         tiles=tiles,
         programs=programs,
     )
+
+
+def _split(
+    share: int, positions: np.ndarray, sizes: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Divide the positions of every product into splits of about `share`.
+
+    Parameters
+    ----------
+    share : int
+        Positions of a split; more where the splits would take over `most` elements.
+    positions, sizes : array, shape (products,)
+        Positions of each product, and elements of its sums.
+    most : int
+        Elements that splits may take.
+
+    Returns
+    -------
+    lengths, splits, apart : array, shape (products,)
+        Positions of a split, how many splits there are, and whether they are several.
+    """
+    length = max(SHORTEST, min(share, int(positions.max(initial=1))))
+    while True:
+        length = -(-length // SHORTEST) * SHORTEST
+        splits = np.maximum(1, -(-positions // length))
+        apart = splits > 1
+        if (splits * sizes)[apart].sum() <= most or not apart.any():
+            return np.full(len(positions), length), splits, apart
+        length *= 2
+
+
+def _stacked(sizes: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Find the first element of each part, where parts of these sizes follow one another in an order."""
+    starts = np.empty(len(sizes), np.int64)
+    starts[order] = np.cumsum(sizes[order]) - sizes[order]
+    return starts
+
+
+def _product_row(
+    line: Line,
+    plans: tuple[Plan, ...],
+    extent: np.ndarray,
+    sums: tuple[int, int, int],
+    draw: int,
+    symmetric: bool,
+    pitch: int,
+) -> tuple[int, ...]:
+    """Fill in a row of `Schedule.products`; `sums` are positions of a split, its target and its elements."""
+    product, plan = line.product, plans[line.owner]
+    before = line.owner * len(plan.channels)
+    area = product.rows.length * product.columns.length
+    walks = _walk(product, plan.sizes[product.u], 0) + _walk(product, plan.sizes[product.v], 1)
+    shifting = product.columns.v, plan.sizes[product.v][1], pitch
+    sources = before + product.u, before + product.v
+    return (*sources, *extent, area, product.columns.length, *sums, *walks, draw, symmetric, *shifting)
+
+
+def _items(number: int, grid: np.ndarray, splits: int) -> np.ndarray:
+    """List for every program that sums a product its number, row and column of the tile, and split."""
+    table = np.empty((splits, len(grid), 4), np.int32)
+    table[..., 0] = number
+    table[..., 1:3] = grid
+    table[..., 3] = np.arange(splits)[:, None]
+    return table.reshape(-1, 4)
+
+
+def _launches(items: Tensor, kinds: np.ndarray, tiles: Tiles) -> tuple[Launch, ...]:
+    """Cut items, sorted by their kinds (block_m, block_n, shifts, signed), into one launch for each kind."""
+    launches, start = [], 0
+    for (block_m, block_n, shifts, signed), count in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
+        # Narrow tiles have more operands for each sum, and so more warps.
+        warps = min(tiles.warps, max(1, 2 * tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n)))
+        part = items[start : start + int(count)]
+        launches.append(Launch(int(block_m), int(block_n), int(shifts), bool(signed), warps, part))
+        start += int(count)
+    return tuple(launches)
 
 
 def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tensor]:
@@ -247,46 +296,6 @@ def refuse_capture(device: torch.device) -> None:
             "moments: run once with these shapes before capturing a CUDA graph: tables are made then; "
             "for a group, call the ops of the sites one by one before capturing, as a graph measures them alone"
         )
-
-
-def _same(piece: Piece) -> bool:
-    return piece.u == piece.v and piece.u_step == piece.v_step
-
-
-class _Line(NamedTuple):
-    """A product of a plan, and what it is summed with: the first of its bundle, its place there, how many they are."""
-
-    owner: int
-    product: Product
-    first: int
-    place: int = 0
-    shifts: int = 1
-
-
-def _bundled(plans: tuple[Plan, ...], shifts: int) -> list[_Line]:
-    """Find whole lines that differ by one pixel, to be summed `shifts` at a time over the columns of all of them."""
-    found, first = [], 0
-    for owner, plan in enumerate(plans):
-        bundles = {number: _Line(owner, product, first + number) for number, product in enumerate(plan.products)}
-        lines: dict[tuple[int, int, Piece], dict[int, int]] = {}
-        for number, (u, v, rows, columns) in enumerate(plan.products if shifts > 1 else ()):
-            by, (u_length, v_length) = columns.v - columns.u, (plan.sizes[side][1] for side in (u, v))
-            start, end = max(0, -by), min(u_length, v_length - by)
-            whole = columns == Piece(start, start + by, 1, 1, end - start)
-            if whole and ONES not in (u, v) and not (u == v and _same(rows) and not by):
-                lines.setdefault((u, v, rows), {})[by] = number
-        for (u, v, rows), numbers in lines.items():
-            for by in sorted(numbers):
-                if all(by + i in numbers for i in range(shifts)):
-                    members = [numbers.pop(by + i) for i in range(shifts)]
-                    start = max(0, -by - shifts + 1)
-                    end = min(plan.sizes[u][1], plan.sizes[v][1] - by)
-                    union = Product(u, v, rows, Piece(start, start + by, 1, 1, end - start))
-                    leader = first + members[0]
-                    bundles |= {each: _Line(owner, union, leader, i, shifts) for i, each in enumerate(members)}
-        found += [bundles[number] for number in range(len(plan.products))]
-        first += len(plan.products)
-    return found
 
 
 def _blocks(extents: np.ndarray, positions: np.ndarray, tiles: Tiles) -> np.ndarray:
