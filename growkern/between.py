@@ -87,6 +87,15 @@ class Pool:
         return kernel, kernel if stride in (None, ()) else _pair(stride)
 
 
+@dataclass(frozen=True)
+class Flatten:
+    """Maps become the features of a linear consumer."""
+
+
+Activation = Callable[[Tensor], Tensor]
+Step = nn.Module | Pool | Flatten | Activation  # a module is a norm
+
+
 @dataclass
 class Between:
     """The layers of one site's `between`, resolved.
@@ -140,24 +149,21 @@ def resolve(model: nn.Module, names: Sequence[str]) -> Between:
         For an entry that does not exist, or across which no new unit can be predicted.
     """
     between = Between()
-    activations: list[Callable[[Tensor], Tensor]] = []
+    activations: list[Activation] = []
     for name in names:
-        step = _parse(name) if name.endswith(")") else _call_of(model.get_submodule(name), name)
-        if isinstance(step, nn.Module):
-            if activations or between.flatten or between.norm is not None:
-                raise ValueError(f"{name}: a norm must be the only one and come before activations and flattening")
-            between.norm, between.pools_before_norm = step, len(between.pools)
-            if isinstance(step, nn.GroupNorm):
-                between.multiple = step.num_channels // step.num_groups
-        elif callable(step):
-            activations.append(step)
-        elif isinstance(step, Pool):
-            between.pools.append(step)
-        elif step == "mean":
-            between.pools.append(Pool("adaptive_avg_pool2d", {"output_size": (1, 1)}))
-            between.flatten = True
-        elif step == "flatten":
-            between.flatten = True
+        for step in _parse(name) if name.endswith(")") else _steps_of(model.get_submodule(name), name):
+            if isinstance(step, nn.Module):
+                if activations or between.flatten or between.norm is not None:
+                    raise ValueError(f"{name}: a norm must be the only one and come before activations and flattening")
+                between.norm, between.pools_before_norm = step, len(between.pools)
+                if isinstance(step, nn.GroupNorm):
+                    between.multiple = step.num_channels // step.num_groups
+            elif isinstance(step, Pool):
+                between.pools.append(step)
+            elif isinstance(step, Flatten):
+                between.flatten = True
+            else:
+                activations.append(step)
     try:
         between.slope, between.smooth, between.homogeneous = _linearise(activations)
     except TypeError as error:
@@ -173,8 +179,8 @@ def call_text(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in named.items())})"
 
 
-def _parse(text: str) -> Any:
-    """Turn a functional call written as text into an activation, a Pool, "mean", "flatten" or None."""
+def _parse(text: str) -> list[Step]:
+    """Read a functional call that is written as text; dropout and the like are no steps."""
     try:
         call = ast.parse(text, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
@@ -185,12 +191,12 @@ def _parse(text: str) -> Any:
     return _classify(call.func.id, settings, text)
 
 
-def _call_of(module: nn.Module, label: str) -> Any:
-    """Turn a module into what `_parse` gives for the equivalent call; norms stay modules."""
+def _steps_of(module: nn.Module, label: str) -> list[Step]:
+    """Read a module as `_parse` reads the equivalent call; a norm stays a module."""
     if isinstance(module, _NOTHING_MODULES):
-        return None
+        return []
     if isinstance(module, _ACTIVATION_MODULES) or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
-        return copy.deepcopy(module).eval().double().cpu().forward
+        return [copy.deepcopy(module).eval().double().cpu().forward]
     for kind, name in _POOL_MODULES.items():
         if isinstance(module, kind):
             return _classify(name, {k: getattr(module, k) for k in _POOLS[name] if hasattr(module, k)}, label)
@@ -201,36 +207,35 @@ def _call_of(module: nn.Module, label: str) -> Any:
             raise ValueError(
                 f"{label}: BatchNorm without weights or running statistics cannot be undone for a new unit"
             )
-        return module
+        return [module]
     if isinstance(module, nn.GroupNorm):
         if not module.affine:
             raise ValueError(f"{label}: GroupNorm without weights cannot be undone for a new unit")
-        return module
+        return [module]
     raise ValueError(f"{label}: {type(module).__name__} between two layers is not supported")
 
 
-def _classify(name: str, settings: dict[str, Any], label: str) -> Any:
+def _classify(name: str, settings: dict[str, Any], label: str) -> list[Step]:
     if name in _NOTHING:
-        return None
+        return []
     if name in _ACTIVATIONS:
         function = getattr(F, name)
-        return lambda t: function(t, **settings)
+        return [lambda t: function(t, **settings)]
     if name in _POOLS:
         refused = {"return_indices": (False,), "divisor_override": (None,), "dilation": (1, (1, 1))}
         for key, accepted in refused.items():
             if key in settings and settings[key] not in accepted:
                 raise ValueError(f"{label}: {key}={settings[key]} is not supported in pooling between two layers")
-        return Pool(name, settings)
+        return [Pool(name, settings)]
     if name == "flatten" and settings.get("start_dim", 0) == 1 and settings.get("end_dim", -1) == -1:
-        return "flatten"
+        return [Flatten()]
     if name == "mean" and sorted(d % 4 for d in _sequence(settings.get("dim", ()))) == [2, 3]:
-        if settings.get("keepdim", False):
-            return Pool("adaptive_avg_pool2d", {"output_size": (1, 1)})
-        return "mean"
+        pool = Pool("adaptive_avg_pool2d", {"output_size": (1, 1)})
+        return [pool] if settings.get("keepdim", False) else [pool, Flatten()]
     raise ValueError(f"{label} between two layers is not supported")
 
 
-def _linearise(activations: list[Callable[[Tensor], Tensor]]) -> tuple[float, bool, bool]:
+def _linearise(activations: list[Activation]) -> tuple[float, bool, bool]:
     """Slope at 0, smoothness and homogeneity of activations in sequence; refuse those that move or flatten 0."""
     t = torch.tensor([-_STEP, 0.0, _STEP, -1.0, 1.0, -16.0, 16.0], dtype=torch.float64, device="cpu")
     for activation in activations:

@@ -69,7 +69,8 @@ def bottlenecks(
     """
     passes = Passes(model, batches, loss_fn)
     rows = []
-    moments = collect(model, sites or reachable_sites(passes, "full"), passes.batches, loss_fn)
+    places = reachable_sites(passes, "full") if sites is None else sites
+    moments = collect(model, places, passes.batches, loss_fn)
     for name, new in solve(moments).items():
         share = new.bottleneck / (new.bottleneck + new.reachable or 1.0)
         row = {

@@ -36,7 +36,9 @@ class GrowthSite:
     between: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.between, str) or not all(isinstance(n, str) for n in (self.producer, self.consumer)):
+        is_listed = isinstance(self.between, tuple | list)  # in JSON a tuple is a list
+        names = (self.producer, self.consumer, *(self.between if is_listed else ()))
+        if not is_listed or not all(isinstance(name, str) for name in names):
             raise ValueError(f"GrowthSite: expected two names and a tuple of names such as ('relu()',), got {self!r}")
         object.__setattr__(self, "between", tuple(self.between))
 

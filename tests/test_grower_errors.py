@@ -51,6 +51,8 @@ def test_errors_of_a_step():
     for where in ("best", "all"):
         with pytest.raises(ValueError, match="sites: expected at least one"):
             gk.Grower(mlp(), None, F.mse_loss, sites=[], where=where).step(data)
+    with pytest.raises(ValueError, match="sites: expected at least one"):
+        gk.bottlenecks(mlp(), data, F.mse_loss, sites=[])
     with pytest.raises(ValueError, match=r"batches: expected \(input, target\) pairs, got NoneType"):
         gk.Grower(mlp(), None, F.mse_loss).step(None)
     with pytest.raises(ValueError, match=r"batch_dim: expected a dimension of an input of shape \(100, 8\), got 2"):

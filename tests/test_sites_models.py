@@ -125,7 +125,7 @@ def test_compiled_scripts_are_refused_with_the_way_in() -> None:
 
 def test_names_are_text_and_between_is_a_tuple() -> None:
     assert GrowthSite("a", "b", ["relu()"]) == GrowthSite("a", "b", ("relu()",))  # type: ignore[arg-type]
-    for arguments in (("a", "b", "relu()"), (nn.Linear(2, 2), "b")):
+    for arguments in (("a", "b", "relu()"), (nn.Linear(2, 2), "b"), ("a", "b", (nn.ReLU(),)), ("a", "b", None)):
         with pytest.raises(ValueError, match=r"GrowthSite: expected two names and a tuple of names such as"):
             GrowthSite(*arguments)  # type: ignore[arg-type]
 
