@@ -1,5 +1,7 @@
 """`neurons="auto"`: nothing where there is only noise, and every direction of a planted signal."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,19 @@ def inner_product(output, direction):
     return (output * direction).flatten(1).sum(1).mean()
 
 
-def found(model, site, x, v, method, **kwargs):
-    moments = gk.collect(model, [site], [(x, -v)], inner_product, **kwargs)[site.name]
-    return gk.solve(moments, method=method)
+def measured(model, pairs, **kwargs):
+    """Moments of the one site of a model for each draw of x and v; what is solved for is cheap beside measuring it."""
+    (site,) = gk.find_sites(model, pairs[0][0])
+    return {i: gk.collect(model, site, [(x, -v)], inner_product, **kwargs)[site.name] for i, (x, v) in enumerate(pairs)}
+
+
+def found(moments, method):
+    """How many neurons are found in each draw."""
+    return [len(new) for new in gk.solve(moments, method=method).values()]
+
+
+def generators(draws=DRAWS):
+    return [torch.Generator().manual_seed(draw) for draw in range(draws)]
 
 
 def linear_noise(kind, g, x, r):
@@ -34,18 +46,31 @@ def linear_noise(kind, g, x, r):
     return v
 
 
+@functools.cache
+def linear_moments_of_noise(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
+    pairs = []
+    for g in generators():
+        x = torch.randn(160, 16, generator=g)
+        pairs.append((x, linear_noise(kind, g, x, 8)))
+    return measured(model, pairs)
+
+
 @pytest.mark.parametrize("method", ["tiny", "joint", "fisher", "gradmax"])
 @pytest.mark.parametrize("kind", ["independent", "heavy tails", "scale depends on x", "cross-entropy"])
 def test_noise_gives_no_neurons_linear(kind, method):
+    assert sum(map(bool, found(linear_moments_of_noise(kind), method))) <= 0.02 * DRAWS
+
+
+@functools.cache
+def convolution_moments_of_noise(smooth, kernel):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
-    site = gk.GrowthSite("0", "2", ("1",))
-    false = 0
-    for draw in range(DRAWS):
-        g = torch.Generator().manual_seed(draw)
-        x = torch.randn(160, 16, generator=g)
-        false += len(found(model, site, x, linear_noise(kind, g, x, 8), method)) > 0
-    assert false <= 0.02 * DRAWS
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1))
+    pairs = [(torch.randn(48, 2, 8, 8, generator=g), torch.randn(48, 4, 8, 8, generator=g)) for g in generators()]
+    if smooth:
+        pairs = [[F.avg_pool2d(F.pad(t, (2, 2, 2, 2), mode="circular"), 5, 1) for t in pair] for pair in pairs]
+    return measured(model, pairs, kernel=kernel)
 
 
 @pytest.mark.parametrize(
@@ -53,17 +78,15 @@ def test_noise_gives_no_neurons_linear(kind, method):
 )
 @pytest.mark.parametrize("smooth", [False, True])
 def test_noise_gives_no_neurons_convolution(smooth, kernel, method):
+    assert sum(map(bool, found(convolution_moments_of_noise(smooth, kernel), method))) <= 0.02 * DRAWS
+
+
+@functools.cache
+def moments_of_noise_in_a_wide_layer(hidden, dtype):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1))
-    site = gk.GrowthSite("0", "2", ("1",))
-    false = 0
-    for draw in range(DRAWS):
-        g = torch.Generator().manual_seed(draw)
-        x, v = torch.randn(48, 2, 8, 8, generator=g), torch.randn(48, 4, 8, 8, generator=g)
-        if smooth:
-            x, v = (F.avg_pool2d(F.pad(t, (2, 2, 2, 2), mode="circular"), 5, 1) for t in (x, v))
-        false += len(found(model, site, x, v, method, kernel=kernel)) > 0
-    assert false <= 0.02 * DRAWS
+    model = nn.Sequential(nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, 6)).to(dtype)
+    pairs = [[torch.randn(48, width, generator=g).to(dtype) for width in (8, 6)] for g in generators(20)]
+    return measured(model, pairs)
 
 
 @pytest.mark.parametrize("method", ["tiny", "joint", "fisher", "gradmax"])
@@ -71,31 +94,23 @@ def test_noise_gives_no_neurons_convolution(smooth, kernel, method):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_gives_no_neurons_where_a_wide_layer_expresses_all_of_it(hidden, method, dtype):
     """With as many units as samples the weights reach any v, and v⊥ and its draws are rounding."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, 6)).to(dtype)
-    site = gk.GrowthSite("0", "2", ("1",))
-    false = 0
-    for draw in range(20):
-        g = torch.Generator().manual_seed(draw)
-        x, v = (torch.randn(48, width, generator=g).to(dtype) for width in (8, 6))
-        new = found(model, site, x, v, method)
+    for new in gk.solve(moments_of_noise_in_a_wide_layer(hidden, dtype), method=method).values():
         assert (new.noise == float("inf")) == (hidden + 1 > 0.95 * 48)
-        false += len(new) > 0
-    assert false == 0
+        assert not len(new)
+
+
+@functools.cache
+def moments_of_noise_in_few_images(hidden):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, hidden, 3, padding=1), nn.Tanh(), nn.Conv2d(hidden, 4, 3, padding=1))
+    pairs = [(torch.randn(8, 3, 4, 4, generator=g), torch.randn(8, 4, 4, 4, generator=g)) for g in generators()]
+    return measured(model, pairs)
 
 
 @pytest.mark.parametrize("method", ["tiny", "fisher", "gradmax"])
 @pytest.mark.parametrize("hidden", [4, 12])
 def test_noise_gives_no_neurons_where_a_whole_kernel_expresses_most_of_it(hidden, method):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, hidden, 3, padding=1), nn.Tanh(), nn.Conv2d(hidden, 4, 3, padding=1))
-    site = gk.GrowthSite("0", "2", ("1",))
-    false = 0
-    for draw in range(DRAWS):
-        g = torch.Generator().manual_seed(draw)
-        x, v = torch.randn(8, 3, 4, 4, generator=g), torch.randn(8, 4, 4, 4, generator=g)
-        false += len(found(model, site, x, v, method)) > 0
-    assert false <= 0.02 * DRAWS
+    assert sum(map(bool, found(moments_of_noise_in_few_images(hidden), method))) <= 0.02 * DRAWS
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -105,9 +120,8 @@ def test_units_that_are_dead_and_small_maps_leave_chance_to_tell(order):
     model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(432, 4))
     with torch.no_grad():
         model[0].bias[2:] = -100
-    x = torch.randn(400, 3, 6, 6)
-    new = found(model, gk.GrowthSite("0", "3", ("1", "2")), x, torch.randn(400, 4), "tiny")
-    assert new.noise < float("inf")
+    moments = measured(model, [(torch.randn(400, 3, 6, 6), torch.randn(400, 4))])
+    assert gk.solve(moments[0]).noise < float("inf")
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1))
     batches = [(torch.randn(n, 3, s, s), torch.randn(n, 2, s, s)) for n, s in ((30, 16), (2, 1))][::order]
@@ -116,33 +130,33 @@ def test_units_that_are_dead_and_small_maps_leave_chance_to_tell(order):
     assert gk.solve(moments).noise < float("inf")
 
 
-@pytest.mark.parametrize("method", ["tiny", "joint", "fisher"])
-def test_a_planted_signal_is_found_with_its_rank(method):
+@functools.cache
+def moments_of_a_planted_signal():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 8))
-    site = gk.GrowthSite("0", "2", ("1",))
     alpha, omega = torch.linalg.qr(torch.randn(16, 3))[0], torch.linalg.qr(torch.randn(8, 3))[0]
-    counts = []
-    for draw in range(20):
-        g = torch.Generator().manual_seed(draw)
+    pairs = []
+    for g in generators(20):
         x = torch.randn(800, 16, generator=g)
-        v = 0.7 * x @ alpha @ omega.mT + torch.randn(800, 8, generator=g)
-        counts.append(len(found(model, site, x, v, method)))
-    assert counts == [3] * 20
+        pairs.append((x, 0.7 * x @ alpha @ omega.mT + torch.randn(800, 8, generator=g)))
+    return measured(model, pairs)
+
+
+@pytest.mark.parametrize("method", ["tiny", "joint", "fisher"])
+def test_a_planted_signal_is_found_with_its_rank(method):
+    assert found(moments_of_a_planted_signal(), method) == [3] * 20
 
 
 def test_a_planted_signal_is_found_with_its_rank_in_a_convolution():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 8, 1))
-    site = gk.GrowthSite("0", "2", ("1",))
     alpha, omega = torch.linalg.qr(torch.randn(27, 3))[0], torch.linalg.qr(torch.randn(8, 3))[0]
-    counts = []
-    for draw in range(20):
-        g = torch.Generator().manual_seed(draw)
+    pairs = []
+    for g in generators(20):
         x = torch.randn(64, 3, 8, 8, generator=g)
         signal = F.conv2d(F.conv2d(x, alpha.mT.reshape(3, 3, 3, 3), padding=1), omega[:, :, None, None])
-        counts.append(len(found(model, site, x, 0.5 * signal + torch.randn(64, 8, 8, 8, generator=g), "tiny")))
-    assert counts == [3] * 20
+        pairs.append((x, 0.5 * signal + torch.randn(64, 8, 8, 8, generator=g)))
+    assert found(measured(model, pairs), "tiny") == [3] * 20
 
 
 @pytest.mark.parametrize("batch_dim", [0, 1])
@@ -150,15 +164,12 @@ def test_a_constant_error_of_a_whole_sequence_is_one_draw_of_noise(batch_dim):
     """Tokens of a sequence share their error: one sign per token would take 32 times too many for independent."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 5))
-    site = gk.GrowthSite("0", "2", ("1",))
-    false = 0
-    for draw in range(DRAWS):
-        g = torch.Generator().manual_seed(draw)
+    pairs = []
+    for g in generators():
         x = torch.randn(64, 1, 8, generator=g) + 0.3 * torch.randn(64, 32, 8, generator=g)
         v = torch.randn(64, 1, 5, generator=g).expand(64, 32, 5)
-        x, v = (t.transpose(0, batch_dim) for t in (x, v))
-        false += len(found(model, site, x, v, "tiny", batch_dim=batch_dim)) > 0
-    assert false <= 0.02 * DRAWS
+        pairs.append([t.transpose(0, batch_dim) for t in (x, v)])
+    assert sum(map(bool, found(measured(model, pairs, batch_dim=batch_dim), "tiny"))) <= 0.02 * DRAWS
 
 
 @pytest.mark.parametrize("method", ["tiny", "gradmax"])
