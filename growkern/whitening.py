@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -193,6 +194,20 @@ def by_row(each: Callable[[Tensor], Tensor], b: Tensor, offsets: int) -> Tensor:
     return rows.unflatten(-1, (offsets, b.shape[-1])).flatten(-3, -2)
 
 
+class Whitening(Protocol):
+    """What `Whitened` asks of a factor."""
+
+    @property
+    def width(self) -> int:
+        """Columns of L."""
+
+    def whiten(self, b: Tensor) -> Tensor:
+        """L⁻¹ b."""
+
+    def unwhiten(self, u: Tensor) -> Tensor:
+        """L⁻ᵀ u."""
+
+
 class Whitened:
     """T = L⁻¹ N M⁻ᵀ for targets N (..., p, r·offsets), whole only where it must be: to apply it costs much less.
 
@@ -200,13 +215,15 @@ class Whitened:
     ----------
     target : Tensor
         N.
-    x, v : Factor or None
-        Of the moments of x and v that whiten its sides, L and M; v's acts on the r rows of each offset.
+    x, v : Whitening or None
+        Factors L and M that whiten its sides; v's acts on the r rows of each offset.
     offsets : int
         Columns of N for each output.
     """
 
-    def __init__(self, target: Tensor, x: Factor | None = None, v: Factor | None = None, offsets: int = 1) -> None:
+    def __init__(
+        self, target: Tensor, x: Whitening | None = None, v: Whitening | None = None, offsets: int = 1
+    ) -> None:
         self._target, self._x, self._v, self._offsets = target, x, v, offsets
         rows = target.shape[-2] if x is None else x.width
         columns = target.shape[-1] if v is None else v.width * offsets

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from growkern import ops
 from growkern.gromo.statistics import NotCovered, need
 from growkern.spectra import WIDE, largest_eigenvalue
-from growkern.whitening import Factor, Whitened
+from growkern.whitening import Whitened
 
 __all__ = ["added_parameters", "delta"]
 
@@ -122,8 +121,7 @@ def added_parameters(
     target, by_x = n.double(), left
     if left is not None and len(n) >= 2 * n.shape[1]:  # a narrow T costs less to make than to apply in parts
         target, by_x = left.whiten(target), None
-    # A root does what Whitened asks of a factor.
-    whitened = Whitened(target, cast("Factor | None", by_x), cast("Factor | None", right))
+    whitened = Whitened(target, by_x, right)
     rows, columns = whitened.shape
     need(rows * columns > 0)
     exact = n.dtype == torch.float64

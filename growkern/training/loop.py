@@ -134,7 +134,7 @@ def _go_on(run: Run, start: Start, watchers: Sequence[Watcher]) -> None:
         run.append("metrics.jsonl", record)
         for watcher in watchers:
             watcher.epoch(record)
-        is_time = settings.growth_epochs(progress.epoch) and share_of_budget(settings, progress) < settings.grow_until
+        is_time = settings.grows_after(progress.epoch) and share_of_budget(settings, progress) < settings.grow_until
         if settings.method != NEVER and is_time:
             started = time.perf_counter()
             event, spent = grow(state.grower, task.train, settings.measured)

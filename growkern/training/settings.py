@@ -100,9 +100,9 @@ class Settings:
         if self.neurons != "auto" and not (self.neurons.isdecimal() and int(self.neurons) > 0):
             raise ValueError(f"neurons: expected a number ≥ 1 or 'auto', got {self.neurons!r}")
         check_share("held_out", self.held_out)
-        self.growth_epochs(0)
+        self.grows_after(0)  # which refuses a schedule that it cannot read
 
-    def growth_epochs(self, epoch: int) -> bool:
+    def grows_after(self, epoch: int) -> bool:
         """Whether the schedule has a growth step after so many epochs."""
         if self.schedule == "pays":
             return epoch > 0
@@ -117,7 +117,7 @@ class Settings:
     def ever_grows(self) -> bool:
         """Whether a growth step falls within the budget; taken to be so where that is given in compute."""
         limit = min(self.grow_until * self.epochs, self.epochs)
-        return bool(self.compute) or any(self.growth_epochs(epoch) for epoch in range(1, math.ceil(limit)))
+        return bool(self.compute) or any(self.grows_after(epoch) for epoch in range(1, math.ceil(limit)))
 
     def anchored(self) -> Settings:
         """Make paths absolute, so that a run can go on from another working directory."""
