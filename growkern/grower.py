@@ -160,11 +160,8 @@ class Grower:
         self._method, self._neurons, self._paired = method, neurons, paired
         self._held_out = held_out if METHODS[method].starts_at_zero == "neither" else 0.0
         self._passes: dict[str, Any] = {"reduction": reduction, "group": group, "batch_dim": batch_dim}
-        self._collect: dict[str, Any] = {
-            "kernel": kernel,
-            "null_draws": null_draws * (neurons == "auto"),
-            **self._passes,
-        }
+        draws = null_draws if neurons == "auto" else 0
+        self._collect = self._passes | {"kernel": kernel, "null_draws": draws}
         self._turn = 0
 
     def due(self, epoch: int) -> bool:

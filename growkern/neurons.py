@@ -183,9 +183,11 @@ def _solve(
     m: Stack, method: str, neurons: int | str, max_neurons: int | None, paired: bool, by_eigenvectors: bool
 ) -> Solution:
     """Solve B sites at once."""
-    rule = METHODS[method]
-    paired = paired or (rule.starts_at_zero == "fan_in" and not m.parts[0].smooth)
-    unit, units = granularity(m.parts[0], method, paired), 2 if paired else 1
+    rule, paired = METHODS[method], _in_pairs(m.parts[0], method, paired)
+    units = 2 if paired else 1  # of a direction
+    step = granularity(m.parts[0], method, paired) // units  # directions that a site grows by
+    # What the existing weights reach, what they leave, and what new neurons are to aim at.
+    # The second pass's dW* serves, unless the complement or the draws need hh⁺ for themselves.
     known = m.update is not None and not rule.schur and (neurons != "auto" or m.null_h is None)
     hh = None if known else Factor(m.hh, None, m.dtype, by_eigenvectors)
     update = hh.solve(m.hv) if hh is not None else m.update.mT  # type: ignore[union-attr]  # (B, q, r)
@@ -197,12 +199,13 @@ def _solve(
     v = Factor(m.vv, None, m.dtype, by_eigenvectors) if rule.whiten_v else None
     sound = [factor.sound for factor in (hh, x, v) if factor is not None]
 
+    # How many directions are wanted, and which.
     limits = [min(each.xv.shape) if neurons == "auto" else int(neurons) // units for each in m.parts]
     limits = limits if max_neurons is None else [min(limit, max_neurons // units) for limit in limits]
     noise = threshold(m, x, v, hh, bottleneck, rule.project) if neurons == "auto" else None
     if rule.starts_at_zero == "fan_out":
-        count = m.numbers(limits) * units // unit * unit // units
-        alpha, omega, values = _random(m.parts[0], int(limits[0] * units // unit * unit // units))
+        count = m.numbers(limits) // step * step
+        alpha, omega, values = _random(m.parts[0], limits[0] // step * step)
     else:
         t = Whitened(target, x, v, m.offsets)
         values, side = t.singular(max(limits), noise)
@@ -210,7 +213,7 @@ def _solve(
         scale = m.xv.flatten(1).double().norm(dim=1) if x is None else (v.rank if v else power).sqrt()
         floor = torch.maximum(1e3 * torch.finfo(m.dtype).eps * scale, 1e-7 * values[:, :1].sum(1))
         floor = floor if noise is None else torch.maximum(floor, noise)
-        count = torch.minimum(m.numbers(limits), (values > floor[:, None]).sum(1)) * units // unit * unit // units
+        count = torch.minimum(m.numbers(limits), (values > floor[:, None]).sum(1)) // step * step
         # How many are wanted at most; on a GPU, to look would be to wait.
         most = min(max(limits), values.shape[1]) if count.is_cuda else int(count.max())
         u, w = t.both_sides(values[:, :most], side[..., :most])
@@ -219,6 +222,7 @@ def _solve(
         wanted = torch.arange(alpha.shape[1], device=count.device) < count[:, None]
         alpha, omega = torch.where(wanted[..., None], alpha, 0), torch.where(wanted[:, None], omega, 0)
 
+    # What they promise.
     slope = m.numbers([each.slope * units for each in m.parts])
     linear = (alpha @ unreachable * omega.mT).sum((1, 2))  # ⟨Σ α ωᵀ, N⟩
     # α xx αᵀ, where α = L⁻ᵀ u √λ and xx = L Lᵀ
@@ -257,8 +261,13 @@ def check_options(method: str, neurons: int | str, max_neurons: int | None) -> N
 
 def granularity(moments: Moments, method: str, paired: bool) -> int:
     """Units that a site grows by: whole groups of a GroupNorm, and ± pairs, also those that `method` needs."""
-    paired = paired or (METHODS[method].starts_at_zero == "fan_in" and not moments.smooth)
-    return moments.multiple * 2 if paired and moments.multiple % 2 else moments.multiple
+    in_pairs = _in_pairs(moments, method, paired)
+    return moments.multiple * 2 if in_pairs and moments.multiple % 2 else moments.multiple
+
+
+def _in_pairs(moments: Moments, method: str, paired: bool) -> bool:
+    """Whether units come as ± pairs: on request, or as fan-ins of zero would be dead where relu'(0) = 0."""
+    return paired or (METHODS[method].starts_at_zero == "fan_in" and not moments.smooth)
 
 
 def _check(moments: Moments, method: str, neurons: int | str, paired: bool) -> None:

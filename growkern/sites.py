@@ -36,9 +36,8 @@ class GrowthSite:
     between: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        is_listed = isinstance(self.between, tuple | list)  # in JSON a tuple is a list
-        names = (self.producer, self.consumer, *(self.between if is_listed else ()))
-        if not is_listed or not all(isinstance(name, str) for name in names):
+        listed = isinstance(self.between, tuple | list)  # in JSON a tuple is a list
+        if not listed or not all(isinstance(name, str) for name in (self.producer, self.consumer, *self.between)):
             raise ValueError(f"GrowthSite: expected two names and a tuple of names such as ('relu()',), got {self!r}")
         object.__setattr__(self, "between", tuple(self.between))
 
