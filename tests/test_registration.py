@@ -1,20 +1,16 @@
 """The ops as torch.library sees them, and the choice of backend."""
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from cases import Case, cases
+from processes import python
 
 from growkern import backend, ops
 from growkern.backend import available, register, use_backend
 from growkern.ops import ConvGeometry
 
-ROOT = Path(__file__).parents[1]
 OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual", "eigh", "svd")
 REGISTERED = {
     "linear_moments": ("63 rows", "no bias", "strided", "no rows"),
@@ -151,19 +147,6 @@ def test_unknown_backends_are_refused():
     assert available("no such op") == ()
 
 
-def python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.stdout + done.stderr
-
-
 CALL = """
 import torch
 from growkern import backend, ops
@@ -189,7 +172,7 @@ with backend.use_backend("reference"):
     ],
 )
 def test_the_environment_sets_the_default(value, printed):
-    assert python(CALL, GROWKERN_BACKEND=value) == printed
+    assert python("-c", CALL, GROWKERN_BACKEND=value) == printed
 
 
 def test_the_environment_is_read_when_an_op_is_called(monkeypatch):
@@ -211,4 +194,4 @@ torch._C._cuda_init = refuse
 import growkern, growkern.ops
 print(torch.cuda.is_initialized())
 """
-    assert python(code) == "False\n"
+    assert python("-c", code) == "False\n"
