@@ -20,11 +20,11 @@ def check_choice(name: str, value: object, accepted: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
 
 
-def check_count(name: str, value: object, also: str | None = None) -> None:
-    """Raise a ValueError if a value is neither an integer of 0 or more nor what is also accepted."""
-    if value != also and (not isinstance(value, Integral) or isinstance(value, bool) or value < 0):
-        alternative = "" if also is None else f"{also!r} or "
-        raise ValueError(f"{name}: expected {alternative}an integer of 0 or more, got {value!r}")
+def check_count(name: str, value: object, also: tuple[object, ...] = ()) -> None:
+    """Raise a ValueError if a value is neither an integer of 0 or more nor one of those that are also accepted."""
+    if value not in also and (not isinstance(value, Integral) or isinstance(value, bool) or value < 0):
+        alternatives = "".join(f"{each!r} or " for each in also)
+        raise ValueError(f"{name}: expected {alternatives}an integer of 0 or more, got {value!r}")
 
 
 def check_share(name: str, value: object) -> None:

@@ -145,7 +145,7 @@ class Grower:
         check_choice("kernel", kernel, KERNELS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_count("null_draws", null_draws)
-        check_count("max_parameters", 0 if max_parameters is None else max_parameters)
+        check_count("max_parameters", max_parameters, also=(None,))
         check_share("held_out", held_out)
         if not isinstance(when, Collection):
             raise ValueError(f"when: expected 'always', 'pays' or a collection of epochs, got {when!r}")
@@ -300,7 +300,8 @@ class Grower:
             above = "no neuron stands above chance" if self._neurons == "auto" else "no direction is left to add"
             above = above if any(new.bottleneck + new.reachable for new in found.values()) else "all gradients are zero"
             few = any(found[n].noise == math.inf or m.samples <= len(m.hh) for n, m in moments.items())
-            return name, found[name], above + "; samples are few for what layers read: give more batches" * few
+            hint = "; samples are few for what layers read: give more batches" if few else ""
+            return name, found[name], above + hint
         if self.when == "pays":
             paying = [n for n, new in found.items() if len(new) and _pays(moments[n], new)]
             if not paying:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, listed
+from growkern.brief import Brief
 from growkern.eval_mode import evaluating
 from growkern.passes import Passes
 from growkern.probe import LossFn, Probe, draws_of, measured_together, residuals_together, share_uniform
@@ -21,8 +22,8 @@ from growkern.sites import GrowthSite
 from growkern.whitening import least_squares
 
 
-@dataclass
-class Moments:
+@dataclass(repr=False)
+class Moments(Brief):
     """Second moments of one site, as means over `count` images or rows; symbols as in TINY.
 
     Moments of several batches, workers or machines add: ``a + b``. A tensor that was not measured is None.
@@ -199,7 +200,6 @@ def collect(
         again = {name: probe for name, probe in probes.items() if null_draws or probe.kernel == "full"}
         pairs = {name: (sums[name]["hh"], sums[name]["hv"]) for name in again}  # of sums as of means
         updates = {name: update.mT for name, update in least_squares(pairs).items()}
-
         draws = draws_of(again.values(), null_draws, distributed.rank(group))
         second = run.sweep(again, lambda some, size: residuals_together(some, updates, draws, size))
     for name, own in draws.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from growkern.arguments import check_choice, check_count, check_instance
+from growkern.brief import Brief
 from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
@@ -51,8 +52,8 @@ METHODS = {
 }
 
 
-@dataclass
-class NewNeurons:
+@dataclass(repr=False)
+class NewNeurons(Brief):
     """Neurons for one site, in order of importance, and what they promise.
 
     Units: v is −∂L/∂z of a sample, so `bottleneck` and `removed` are squared gradients and `gain` is in units of
@@ -252,9 +253,8 @@ def _solve(
 def check_options(method: str, neurons: int | str, max_neurons: int | None) -> None:
     """Raise a ValueError for options of `solve` that no moments could satisfy."""
     check_choice("method", method, METHODS)
-    check_count("neurons", neurons, also="auto")
-    if max_neurons is not None:
-        check_count("max_neurons", max_neurons)
+    check_count("neurons", neurons, also=("auto",))
+    check_count("max_neurons", max_neurons, also=(None,))
     if neurons == "auto" and METHODS[method].starts_at_zero == "fan_out":
         raise ValueError(f"neurons: {method!r} has no directions to count; give an integer")
 

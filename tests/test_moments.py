@@ -37,6 +37,14 @@ def test_moments_add(name: str, kernel: str) -> None:
         close(getattr(parts, key), value)
 
 
+def test_what_is_shown_of_moments_and_neurons_is_short() -> None:
+    """Tensors by their shapes, and nothing of what was not measured."""
+    net = NETS["linear"]()
+    moments = at(net.model(), net.batches(40), quartic, null_draws=0)
+    assert "xx=(6, 6), xv=(6, 3), hh=(5, 5), hv=(5, 3), vv=(3, 3), xh=(6, 5))" in repr(moments)
+    assert "alpha=(2, 6), omega=(3, 2), singular_values=(2,)" in repr(gk.solve(moments, neurons=2))
+
+
 def test_second_passes_add_only_with_one_update() -> None:
     net = NETS["conv"]()
     model, batches = net.model(), net.batches(6, 11)

@@ -364,7 +364,7 @@ def test_cut_counts_what_does_not_stand_above_noise(problem):
         ({"neurons": "many"}, "neurons: expected 'auto' or an integer"),
         ({"neurons": True}, "neurons: expected 'auto' or an integer"),
         ({"neurons": 3, "paired": True}, "multiples of 2"),
-        ({"max_neurons": 1.5}, "max_neurons: expected an integer"),
+        ({"max_neurons": 1.5}, "max_neurons: expected None or an integer"),
         ({"method": "random"}, "'random' has no directions"),
     ],
 )

@@ -63,6 +63,7 @@ def test_part_of_a_group_changes_nothing() -> None:
         ({"9": 8}, "'9' is no site of the model; there are 0"),
         ({"0": 2}, "'0' has 3 units already"),
         ({"0": 7.5}, r"widths\['0'\]: expected an integer of 0 or more, got 7.5"),
+        ({"0": None}, r"widths\['0'\]: expected an integer of 0 or more, got None"),
         ([8], "widths: expected units by name of site, got list"),
     ],
 )
