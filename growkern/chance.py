@@ -12,8 +12,8 @@ from growkern.spectra import largest_eigenvalue
 from growkern.stacks import Stack
 from growkern.whitening import LARGEST_PADDED, Factor, by_row
 
-LEAST_LEFT = 0.05  # share of the samples' dimensions that h leaves; below, whatever is left of v says nothing of chance
-DEVIATIONS, DRAWS = 5.0, 16  # above the mean of so many tops, in standard deviations: at most 1% false positives
+LEAST_LEFT = 0.05  # of the samples' dimensions, which h must leave: with fewer, v⊥ says nothing about chance
+DEVIATIONS, DRAWS = 5.0, 16  # so many standard deviations above the mean of so many tops: at most 1% false positives
 
 
 @functools.cache
@@ -101,16 +101,16 @@ def tops(
         raise ValueError("neurons: 'auto' needs draws of chance; use collect(..., null_draws=16), or give an integer")
     null, offsets = moments.null, moments.offsets  # (B, draws, p, r·offsets)
     draws, width = null.shape[1], null.shape[3] if v is None else v.width * offsets
-    # A draw is of v⊥, which has lost what h explains of noise: so has N, but xv has not, and the projection of a
-    # draw loses it again. How much that is, the draws themselves say, whatever the correlations between samples.
-    # What xv would have to give back, rows of much weight in h have lost more than others: for it the whole share is
-    # divided out and not its root, as leave-one-out residuals do.
+    # Forming v⊥ removes the part of the noise that h explains. N lacks that part too; but a projected draw has lost it
+    # twice, and xv still has it. The draws themselves tell how large the part is, whatever the correlations between
+    # samples. For N its root is divided out. For xv the whole share is, as leave-one-out residuals do, because rows of
+    # much weight in h have lost more than others.
     kept, carried = bottleneck.new_ones(()), None
     if moments.null_h is not None and hh is not None:
         null_h = moments.null_h.double().transpose(1, 2)  # (B, q, draws, r)
         carried = hh.solve(null_h.flatten(2)).view(null_h.shape)
         kept = 1 - (null_h * carried).sum((1, 2, 3)) / draws / bottleneck.clamp_min(1e-300)
-    elif not project:  # for "full" nothing tells, but h has taken no more of noise than of v
+    elif not project:  # "full" has no draws of h; but h explains no more of noise than of v
         kept = bottleneck / moments.vv.diagonal(dim1=1, dim2=2).double().sum(1).clamp_min(1e-300)
     xh = moments.xh if project and carried is not None else None
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
-_WIDE, _LEAST = 2**21, 8  # entries of N from which on draws are half as many, but for so many
+_WIDE, _LEAST = 2**21, 8  # beyond so many entries of N draws are half as many, but not fewer than this
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
-_FEW = 2**22  # entries of N, for each row: to sum them up under some more signs takes less than some more calls
+_FEW = 2**22  # entries of N times rows of a batch, up to which one call with more signs takes less than several calls
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
 
 
@@ -25,7 +25,7 @@ class Draws:
     Σ_j H_dj Q_j with a Hadamard matrix H of order J. The signs H_dj s_i of each draw are independent and uniform. Two
     draws are uncorrelated where classes are alike, as rows of H are orthogonal.
 
-    On wide sites there are half as many draws: of memory they take the most, and calls are fewer and larger.
+    Wide sites have half as many draws: these take the most memory of all, and calls become fewer and larger.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; restore each module's mode, all buffers and random numbers after."""
     modes = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     contents = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
-    with same_draws(model), torch.inference_mode(False):  # whose tensors could neither be measured nor trained
+    with same_draws(model), torch.inference_mode(False):  # its tensors could be neither measured nor trained
         model.eval()
         try:
             yield

@@ -44,7 +44,7 @@ class Passes:
         return distributed.total(number, self.group, self.device)
 
     def divided(self, share: float) -> tuple[Passes, Passes]:
-        """Give passes over the first batches, and over a share of them at the end; of one batch, the same twice."""
+        """Split into passes over the first batches and over a share of them at the end; one batch serves as both."""
         size = len(self.batches)
         if not share or self.total(int(size < 2)):  # in any process of a group
             return self, self

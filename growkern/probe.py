@@ -64,7 +64,9 @@ def residuals_together(
 
 
 def share_uniform(probes: Collection[Probe]) -> dict[str, str]:
-    """Find the sites whose "uniform" is another's hh, as their producer is its consumer, and sum it up but once.
+    """Find the sites whose "uniform" another site measures as its hh, and let it be summed up there only.
+
+    So it is where the producer of the one is the consumer of the other, and has a bias: h then ends in ones.
 
     Returns
     -------
@@ -82,7 +84,7 @@ def share_uniform(probes: Collection[Probe]) -> dict[str, str]:
 
 
 def draws_of(probes: Iterable[Probe], number: int, seed: int) -> dict[str, Draws]:
-    """Prepare so many draws of each site, whose first pass is over; none of none."""
+    """Prepare `number` draws of each site after the first pass, which has counted its rows; no draws for 0."""
     return {probe.site.name: Draws(number, probe.entries, probe.count, seed) for probe in probes if number}
 
 

@@ -136,7 +136,7 @@ def find_sites(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list
 
 
 def survey(model: nn.Module, example_inputs: Any) -> tuple[list[GrowthSite], list[str]]:
-    """Find the sites of a model, as `find_sites` does, and for each place that is none after all the reason."""
+    """Find the sites of a model as `find_sites` does, and the reasons why places that look like sites are none."""
     check_instance("model", model, nn.Module)
     inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     sites, reasons = [], []

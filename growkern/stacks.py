@@ -16,7 +16,8 @@ from torch import Tensor
 from growkern.moments import Moments
 from growkern.whitening import LARGEST_PADDED, padded, rounded
 
-_AS_MEASURED = ("xx", "xv", "hh", "vv", "null", "null_h", "x_second")  # read once: a copy takes longer, and memory
+# Kept in their own dtype: they are read once, and a copy in float64 would cost more than that, and memory.
+_AS_MEASURED = ("xx", "xv", "hh", "vv", "null", "null_h", "x_second")
 
 
 @dataclass(frozen=True)

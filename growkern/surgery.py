@@ -29,8 +29,8 @@ def apply(
     Layers get new, larger Parameters, whose leading entries are the old ones. The optimizer's state grows with
     them: old entries are kept, new ones are zero. A norm between the layers hands on the new units'
     pre-activations as they are in evaluation mode (GroupNorm: on average, as it normalises each sample by itself).
-    Because it undoes the scale of a fan-in, new units with one take the mean norm of the existing fan-ins and, where
-    the activation is positively homogeneous, the mean size of the norm's weights; ω makes up for it.
+    A norm undoes the scale of a fan-in: new units ahead of one take the mean norm of the existing fan-ins and, where
+    the activation is positively homogeneous, the mean size of the norm's weights. ω makes up for the latter.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from torch import Tensor
 from growkern import ops
 from growkern.spectra import BLOCK, WIDE, dominant, extreme_eigenvalues, product, top_singular
 
-LARGEST_PADDED = 256  # wider moments gain nothing from company
+LARGEST_PADDED = 256  # wider moments gain nothing from being factored together
 
 
 def relative_cut(n: Tensor, dtype: torch.dtype) -> Tensor:
@@ -285,7 +285,8 @@ class Whitened:
         first, second = (self.back, self.times) if self.shape[-2] < self.shape[-1] else (self.times, self.back)
         *lead, longer = *self.shape[:-2], max(self.shape[-2:])
         places = torch.arange(longer * BLOCK, dtype=self._target.dtype, device=self._target.device)
-        start = second(places.square().mul(0.7).cos().view(*lead, longer, BLOCK))  # half a step nearer than at random
+        # Irregular columns, once multiplied by T: half a step nearer to the top than these themselves.
+        start = second(places.square().mul(0.7).cos().view(*lead, longer, BLOCK))
         return top_singular(lambda b: second(first(b)), start, most, above)
 
     def both_sides(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class Call(NamedTuple):
         return self.producer is not None and self.kernel == "full"
 
     def facts(self) -> tuple[Any, ...]:
-        """Tell all that `check` and a layout depend on, of arguments that need not be right."""
+        """Give all that `check` and a layout depend on, as a key; the arguments need not be right yet."""
         return *map(_facts, self[:3]), *self[3:]
 
     def check(self) -> None:
@@ -108,7 +108,7 @@ class Residual(NamedTuple):
         return self.call.x
 
     def facts(self) -> tuple[Any, ...]:
-        """Tell all that `check` and a layout depend on, of arguments that need not be right."""
+        """Give all that `check` and a layout depend on, as a key; the arguments need not be right yet."""
         return *self.call.facts(), *map(_facts, self[1:3]), self.rows_per_sign
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -140,7 +140,7 @@ class Residual(NamedTuple):
         return residual_plan(*shapes_of(*call[:3]), call.producer, call.consumer, *flags)
 
     def apart(self) -> bool:
-        """Whether to sum what shares signs once, and then under all draws, rather than everything anew for each."""
+        """Whether to sum the rows that share a sign once and combine these sums: it costs less than a sum for each draw."""
         hidden = self.call.h.shape[2:].numel()
         return self.draws > 0 and self.rows_per_sign * hidden > 1 + self.draws
 
@@ -164,7 +164,7 @@ def _check_tensors(**given: object) -> None:
 
 
 def _facts(value: Any) -> Any:
-    """Tell what counts of a tensor; anything else stays as it is."""
+    """Give what a layout depends on of a tensor; anything else stays as it is."""
     if not isinstance(value, Tensor):
         return value
     return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16

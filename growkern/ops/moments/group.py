@@ -69,7 +69,7 @@ def _run_here(
     planned: Callable[[gpu.Engine, Sequence[Any]], Groups],
     alone: Callable[[gpu.Engine, Any], Any],
 ) -> list[Any]:
-    """Do so for calls of the current device."""
+    """Sum calls of the current device: those that belong together by kept layouts, every other one alone."""
     if gpu.is_capturing(calls[0].x.device):  # addresses would come from memory that is not kept
         _check(calls)
         return [alone(engine, call) for call in calls]
