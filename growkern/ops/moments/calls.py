@@ -140,7 +140,7 @@ class Residual(NamedTuple):
         return residual_plan(*shapes_of(*call[:3]), call.producer, call.consumer, *flags)
 
     def apart(self) -> bool:
-        """Whether to sum rows that share a sign once and combine these sums: that costs less than a sum for each draw."""
+        """Whether to sum rows that share a sign once and combine these sums, which costs less than a sum a draw."""
         hidden = self.call.h.shape[2:].numel()
         return self.draws > 0 and self.rows_per_sign * hidden > 1 + self.draws
 
