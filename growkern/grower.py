@@ -15,6 +15,7 @@ from torch import nn
 from growkern import distributed
 from growkern.amplitude import best_amplitude
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, check_share, check_trained, listed
+from growkern.choice import best_site
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
 from growkern.neurons import METHODS, NewNeurons, check_options, granularity, solve
@@ -41,11 +42,11 @@ class GrowthEvent:
     loss_before, loss_after : float
         On the batches that the amplitude was chosen on, in evaluation mode.
     bottleneck, removed, gain : float
-        As in `NewNeurons`, for the site that was chosen.
+        As in `NewNeurons`, for the site that was chosen; 0 where none was measured.
     widths : dict of str to int
         Units of every site after the step.
     bottlenecks : dict of str to float
-        Ψ of every site that was measured.
+        Ψ of every site that was measured: those that the budgets leave room at.
     seconds : float
         Wall time of the step.
     parts : tuple of GrowthEvent
@@ -172,6 +173,10 @@ class Grower:
         """Find the sites that it may grow, unless they were given or found; `step` does so by itself."""
         return self._located(Passes(self.model, batches, self.loss_fn, **self._passes))
 
+    def widths(self) -> dict[str, int]:
+        """Units of every site that it may grow; of none before they are found."""
+        return {site.name: resolve(self.model, site).units for site in self.sites or ()}
+
     def state_dict(self) -> dict[str, Any]:
         """Give what the next step depends on besides model and optimizer, as plain data."""
         return {"turn": self._turn, "sites": [dataclasses.asdict(site) for site in self.sites or ()]}
@@ -206,8 +211,7 @@ class Grower:
         passes, search = Passes(self.model, batches, self.loss_fn, **self._passes).divided(self._held_out)
         sites = self._located(passes)
         if self.where == "best" and self._method == "random":
-            self._turn += 1
-            return self._grow([sites[(self._turn - 1) % len(sites)]], passes, search)
+            sites, self._turn = [sites[self._turn % len(sites)]], self._turn + 1
         if self.where == "best":
             return self._grow(sites, passes, search)
         parts = tuple(self._grow([site], passes, search) for site in sites)
@@ -234,11 +238,19 @@ class Grower:
 
     def _grow(self, sites: Sequence[GrowthSite], passes: Passes, search: Passes) -> GrowthEvent:
         """One growth at the best of some sites: measured on the one, its amplitude chosen on the other passes."""
-        start = time.perf_counter()
+        start, name, scale = time.perf_counter(), sites[0].name, 0.0
+        if not (sites := [site for site in sites if self._room(site) != 0]):
+            with evaluating(self.model):
+                loss = search.loss()
+            return GrowthEvent(
+                site=name, neurons=0, scale=0.0, accepted=False, loss_before=loss, loss_after=loss, bottleneck=0.0,
+                removed=0.0, gain=0.0, widths=self.widths(), bottlenecks={}, seconds=time.perf_counter() - start,
+                reason="the budget of parameters or neurons is spent",
+            )  # fmt: skip
         moments = collect(self.model, sites, passes.batches, self.loss_fn, **self._collect)
         found = self._solve(moments)
-        name, new, reason = distributed.agree(self._choose(moments, found), passes.group)
-        scale = 0.0
+        name, reason = best_site(moments, found, self.cost, self.when == "pays")
+        name, new, reason = distributed.agree((name, found[name], reason), passes.group)
         with evaluating(self.model):
             before = after = search.loss()
             if not reason:
@@ -256,7 +268,7 @@ class Grower:
             bottleneck=new.bottleneck,
             removed=new.removed,
             gain=new.gain,
-            widths={site.name: resolve(self.model, site).units for site in self.sites or ()},
+            widths=self.widths(),
             bottlenecks={name: each.bottleneck for name, each in found.items()},
             seconds=time.perf_counter() - start,
             reason=reason,
@@ -268,46 +280,20 @@ class Grower:
         for name, each in moments.items():
             unit = granularity(each, self._method, self._paired)
             count = self._neurons if isinstance(self._neurons, str) else -(-self._neurons // unit) * unit
-            alike.setdefault((count, self._room(each)), {})[name] = each
+            alike.setdefault((count, self._room(each.site)), {})[name] = each
         found: dict[str, NewNeurons] = {}
         for (count, room), group in alike.items():
             found |= solve(group, method=self._method, neurons=count, max_neurons=room, paired=self._paired)
         return {name: found[name] for name in moments}
 
-    def _room(self, moments: Moments) -> int | None:
-        """Units that fit the budget at a site."""
-        if self.max_parameters is None:
-            return self.max_neurons
-        left = self.max_parameters - sum(p.numel() for p in self.model.parameters())
-        room = max(left // moments.unit_parameters, 0)
-        return room if self.max_neurons is None else min(room, self.max_neurons)
-
-    def _choose(self, moments: dict[str, Moments], found: dict[str, NewNeurons]) -> tuple[str, NewNeurons, str]:
-        """Name and neurons of the site that promises most per unit of cost, and the reason not to grow, if any."""
-
-        def promise(name: str) -> float:
-            new, each = found[name], moments[name]
-            if not len(new):
-                return -math.inf
-            by_square = new.method == "gradmax"  # it starts at zero: its gain is yet to come
-            value = float(new.singular_values.square().sum()) if by_square else new.gain
-            return value / (len(new) * (each.unit_parameters if self.cost == "parameters" else each.unit_flops))
-
-        name = max(found, key=promise)
-        if not len(found[name]):
-            if not any(self._room(m) is None or self._room(m) for m in moments.values()):
-                return name, found[name], "the budget of parameters or neurons is spent"
-            above = "no neuron stands above chance" if self._neurons == "auto" else "no direction is left to add"
-            above = above if any(new.bottleneck + new.reachable for new in found.values()) else "all gradients are zero"
-            few = any(found[n].noise == math.inf or m.samples <= len(m.hh) for n, m in moments.items())
-            hint = "; samples are few for what layers read: give more batches" if few else ""
-            return name, found[name], above + hint
-        if self.when == "pays":
-            paying = [n for n, new in found.items() if len(new) and _pays(moments[n], new)]
-            if not paying:
-                return name, found[name], "training on pays more"
-            name = max(paying, key=promise)
-        return name, found[name], ""
+    def _room(self, site: GrowthSite) -> int | None:
+        """Units that the budgets leave room for at a site, in multiples of what it grows by."""
+        layers, rooms = resolve(self.model, site), [] if self.max_neurons is None else [self.max_neurons]
+        if self.max_parameters is not None:
+            left = self.max_parameters - sum(p.numel() for p in self.model.parameters())
+            rooms.append(max(left // layers.unit_parameters, 0))
+        unit = granularity(layers.between, self._method, self._paired)
+        return min(rooms) // unit * unit if rooms else None
 
     def _line_search(self, new: NewNeurons, passes: Passes, at_zero: float) -> tuple[float, float]:
         """Amplitude with the least loss, and that loss; amplitude 0 if none is below the loss at 0."""
@@ -320,8 +306,3 @@ class Grower:
         if METHODS[new.method].starts_at_zero != "neither":
             return 1.0, loss(1.0)
         return best_amplitude(loss, at_zero)
-
-
-def _pays(moments: Moments, new: NewNeurons) -> bool:
-    """Whether new weights remove more per parameter than the consumer's existing ones still can."""
-    return new.removed * new.best_update.numel() > new.reachable * len(new) * moments.unit_parameters

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from growkern.arguments import check_choice, check_count, check_instance
+from growkern.between import Between
 from growkern.brief import Brief
 from growkern.chance import threshold
 from growkern.moments import Moments
@@ -259,15 +260,15 @@ def check_options(method: str, neurons: int | str, max_neurons: int | None) -> N
         raise ValueError(f"neurons: {method!r} has no directions to count; give an integer")
 
 
-def granularity(moments: Moments, method: str, paired: bool) -> int:
+def granularity(site: Moments | Between, method: str, paired: bool) -> int:
     """Units that a site grows by: whole groups of a GroupNorm, and ± pairs, also those that `method` needs."""
-    in_pairs = _in_pairs(moments, method, paired)
-    return moments.multiple * 2 if in_pairs and moments.multiple % 2 else moments.multiple
+    in_pairs = _in_pairs(site, method, paired)
+    return site.multiple * 2 if in_pairs and site.multiple % 2 else site.multiple
 
 
-def _in_pairs(moments: Moments, method: str, paired: bool) -> bool:
+def _in_pairs(site: Moments | Between, method: str, paired: bool) -> bool:
     """Whether units come as ± pairs: on request, or as fan-ins of zero would be dead where relu'(0) = 0."""
-    return paired or (METHODS[method].starts_at_zero == "fan_in" and not moments.smooth)
+    return paired or (METHODS[method].starts_at_zero == "fan_in" and not site.smooth)
 
 
 def _check(moments: Moments, method: str, neurons: int | str, paired: bool) -> None:

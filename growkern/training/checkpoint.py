@@ -62,7 +62,7 @@ class State:
             "settings": dataclasses.asdict(run.settings),
             "progress": dataclasses.asdict(self.progress),
             "grower": self.grower.state_dict(),
-            "widths": widths(self.model, self.grower),
+            "widths": self.grower.widths(),
             "optimizer": {"groups": optimizer["param_groups"], "scalars": scalars},
         }
         run.save(tensors, facts)
@@ -107,11 +107,6 @@ class State:
         self.progress = Progress(**facts["progress"])
         if use_previous:
             run.use_previous()
-
-
-def widths(model: nn.Module, grower: Grower) -> dict[str, int]:
-    """Units of every site that a grower knows."""
-    return {site.name: len(model.get_submodule(site.producer).weight) for site in grower.sites or ()}  # type: ignore[arg-type]
 
 
 def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

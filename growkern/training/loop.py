@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from growkern import Grower, GrowthEvent
 from growkern.passes import to_device
 from growkern.training.batches import batch_size, count_samples, seed_all, take
-from growkern.training.checkpoint import Progress, widths
+from growkern.training.checkpoint import Progress
 from growkern.training.cost import cost_per_sample, multiply_adds
 from growkern.training.prepare import Start, prepare
 from growkern.training.run import Run
@@ -129,7 +129,7 @@ def _go_on(run: Run, start: Start, watchers: Sequence[Watcher]) -> None:
         progress.seconds += time.perf_counter() - started
         record = {
             **dataclasses.asdict(progress), "loss": loss, **measured,
-            "parameters": count_parameters(model), "widths": widths(model, state.grower),
+            "parameters": count_parameters(model), "widths": state.grower.widths(),
         }  # fmt: skip
         run.append("metrics.jsonl", record)
         for watcher in watchers:
