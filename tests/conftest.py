@@ -105,11 +105,19 @@ def _seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Small tensors do not gain from threads, and on a busy machine wait for them."""
+    """Small tensors do not gain from threads, and wait for them on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill uninitialised memory with NaN, so that a result that is not written everywhere shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ TOLERANCES = {torch.float64: 2e-15, torch.float32: 1e-6}
 
 LARGEST_INTERPRETED = 900  # entries: the interpreter of Triton takes two seconds for a matrix of 33²
 
+pytestmark = pytest.mark.usefixtures("one_thread", "poison")
+
 
 def runs(op: str) -> list[tuple[MatrixCase, torch.dtype, str]]:
     slow = ("triton",) if INTERPRETED else ()
@@ -29,17 +31,6 @@ def runs(op: str) -> list[tuple[MatrixCase, torch.dtype, str]]:
 
 EIGH, SVD = runs("eigh"), runs("svd")
 RANDOM = next(case for case in cases("eigh") if case.name == "33")
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """Fill uninitialised memory with NaN, so that a result that is not written everywhere shows."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a team of threads costs more than these sizes take, far more on a busy machine
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def spread(a: Tensor, expected: Tensor) -> float:

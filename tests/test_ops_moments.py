@@ -17,16 +17,7 @@ LINEAR = cases("linear_moments", "linear_residual")
 CONV2D = cases("conv2d_moments", "conv2d_residual")
 NAMES = {3: ("xr", "xr_null", "hr_null"), 6: ("xx", "xh", "xv", "hh", "hv", "vv")}
 
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """Fill uninitialised memory with NaN, so that a result that is not written everywhere shows."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a team of threads costs more than these sizes take, far more on a busy machine
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "poison")
 
 
 def assert_close(out, expected, tolerance):
