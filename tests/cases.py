@@ -131,8 +131,6 @@ class _Source:
         self.dtype, self.layout, self.device = dtype, layout, device
 
     def _randn(self, *shape: int) -> Tensor:
-        if self.device == "meta":  # sizes only
-            return torch.empty(shape, dtype=torch.float64, device="meta")
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def normal(self, *shape: int) -> Tensor:
