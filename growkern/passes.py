@@ -123,7 +123,7 @@ class Passes:
             except ValueError as error:
                 raise ValueError(f"site {probe.site.name!r}: {error}") from None
             together.append(probe)
-            held = sum(tensor.nbytes for each in together for tensor in each.call.tensors())
+            held = sum(operand.nbytes for each in together for operand in each.operands)
             if self.device.type == "cpu" or held >= _TOGETHER_BYTES:
                 add()
 

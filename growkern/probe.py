@@ -101,12 +101,7 @@ class Probe:
         Sizes of the producer's and the consumer's output maps; 1 for linear layers.
     wants_uniform : bool
         Whether what a norm between the layers has to undo takes a moment of its own.
-    call : Call
-        x, h and v of the last batch and how they are read, until it is released.
     """
-
-    call: Call
-    _input: Tensor  # of the producer, as it came
 
     def __init__(self, model: nn.Module, site: GrowthSite, kernel: str, batch_dim: int = 0) -> None:
         self.site, self.layers = site, resolve(model, site)
@@ -190,8 +185,8 @@ class Probe:
         x, h, v = x.to(dtype), h.to(dtype), v.to(dtype)
         self.forget()
         producer, consumer = self.layers.producer, self.layers.consumer
-        reads: dict[str, Any] = {"x_bias": producer.bias is not None, "h_bias": consumer.bias is not None}
-        self._input = x
+        self._flags: dict[str, Any] = {"x_bias": producer.bias is not None, "h_bias": consumer.bias is not None}
+        self._raw = x
         if isinstance(producer, nn.Linear):
             x, h, v = (self._as_rows(t) for t in (x, h, v))
             self.hidden_positions = self.output_positions = max(len(x) // batch_size, 1)
@@ -201,7 +196,7 @@ class Probe:
                     f"{self.site.producer} reads an input of shape {tuple(x.shape)}; expected (B, C, H, W)"
                 )
             x, geometry, ones, size = self._hidden(x, self.layers.between.pools)
-            reads["x_bias"] = ones
+            self._flags["x_bias"] = ones
             if h[0].numel() != self.layers.units * size[0] * size[1] or (h.dim() == 4 and h.shape[2:] != size):
                 name = self.site.consumer
                 raise ValueError(
@@ -209,13 +204,14 @@ class Probe:
                 )
             if isinstance(consumer, nn.Linear):
                 h, v = h.reshape(len(h), -1, *size), v[:, :, None, None]
-                reads["consumer"] = ConvGeometry(size)
+                reads = ConvGeometry(size)
             else:
-                reads["consumer"] = _geometry(consumer)
-            reads |= {"producer": geometry, "kernel": self.kernel}
+                reads = _geometry(consumer)
+            self._flags |= {"producer": geometry, "consumer": reads, "kernel": self.kernel}
             self.output_positions = v.shape[2] * v.shape[3]
-        factor = -len(x) / seed if mean else -1 / seed
-        self.call = Call(x, h, v * factor if factor != 1 else v, **reads)
+        self.rows = len(x)
+        factor = -self.rows / seed if mean else -1 / seed
+        self.operands = (x, h, v * factor if factor != 1 else v)
 
     def _as_rows(self, t: Tensor) -> Tensor:
         """Features as rows (n, features), those of one image or sequence side by side."""
@@ -223,10 +219,9 @@ class Probe:
 
     def calls(self) -> dict[str, Call]:
         """Count a batch, and give what to sum up: "moments", and "uniform" where that of a norm is not among them."""
-        rows = len(self.call.x)
-        self.count += rows
-        self.samples += rows * (1 if self.kernel == "linear" else self.output_positions)
-        calls = {"moments": self.call._replace(x_bias=self.call.x_bias or self.needs_ones)}
+        self.count += self.rows
+        self.samples += self.rows * (1 if self.kernel == "linear" else self.output_positions)
+        calls = {"moments": Call(*self.operands, **self._flags | ({"x_bias": True} if self.needs_ones else {}))}
         if self.wants_uniform:
             calls["uniform"] = self._uniform()
         return calls
@@ -247,29 +242,28 @@ class Probe:
     def residuals(self, update: Tensor, draws: Draws | None, batch_size: int) -> Iterator[tuple[int, Residual]]:
         """Give what to sum up for N, with random signs by class of samples if there are draws."""
         if draws is None:
-            yield 0, Residual(self.call, update)
+            yield 0, Residual(Call(*self.operands, **self._flags), update)
             return
-        count = len(self.call.x)
         # An image is worth a sign of its own.
-        run = rows_per_sign(count, batch_size, self.count if self.kernel == "linear" else 0)
-        for number, rows, signs in draws.parts(count, run):
+        run = rows_per_sign(self.rows, batch_size, self.count if self.kernel == "linear" else 0)
+        for number, rows, signs in draws.parts(self.rows, run):
             if self.kernel != "linear":
                 signs = signs.repeat_interleave(run, dim=1)[:, : rows.stop - rows.start]
             signs = signs.to(update.device, non_blocking=True)
-            x, h, v = (each[rows] for each in self.call.tensors())
-            call = self.call._replace(x=x, h=h, v=v)
+            x, h, v = (each[rows] for each in self.operands)
+            call = Call(x, h, v, **self._flags)
             yield number, Residual(call, update, signs, run if self.kernel == "linear" else 1)
 
     def release(self) -> None:
-        """Let go of the last batch."""
-        del self.call, self._input
+        """Let go of the operands of the last batch."""
+        self.operands = self._raw = None  # type: ignore[assignment]
 
     def _uniform(self) -> Call:
         if self.kernel == "linear":
-            x = self.call.x
+            x = self.operands[0]
             return Call(x, x[:, :0], x[:, :0], x_bias=True)
         between = self.layers.between
-        x, geometry, _, size = self._hidden(self._input, between.pools[: between.pools_before_norm])
+        x, geometry, _, size = self._hidden(self._raw, between.pools[: between.pools_before_norm])
         nothing = x.new_empty(len(x), 0, *size)
         return Call(x, nothing, nothing, geometry, ConvGeometry(1), x_bias=True)
 

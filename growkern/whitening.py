@@ -241,7 +241,7 @@ class Whitened:
 
     def times(self, b: Tensor) -> Tensor:
         """T b for b of a few columns."""
-        if "matrix" in vars(self):  # it has been made, and to apply it costs least then
+        if "matrix" in vars(self):
             return product(self.matrix, b)
         b = b if self._v is None else by_row(self._v.unwhiten, b, self._offsets)
         left = product(self._target, b)
