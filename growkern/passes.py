@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from growkern import distributed
 from growkern.arguments import check_trained, listed
+from growkern.batches import device_of, leaves, to_device
 from growkern.eval_mode import evaluating, fixed_norms, same_draws
 from growkern.probe import LossFn, Probe
 from growkern.sites import GrowthSite, logger, resolve, survey
@@ -178,21 +179,6 @@ class Passes:
         raise ValueError("batches: expected a tensor among the inputs of the model, got none")
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Device of a model's first parameter; a model without any, or without values, is a ValueError."""
-    for parameter in model.parameters():
-        if parameter.is_meta:
-            raise ValueError("model: its parameters are on the meta device and have no values to grow from")
-        return parameter.device
-    raise ValueError(f"model: {type(model).__name__} has no parameters, so nothing in it can grow")
-
-
-def to_device(batch: Any, device: torch.device, name: str = "batches") -> tuple[tuple[Any, ...], Any]:
-    """Arguments of the model, and the target, of one (input, target) pair, on a device; see `pair`."""
-    args, target = (_moved(part, device) for part in pair(batch, name))
-    return tuple(args) if isinstance(args, tuple | list) else (args,), target
-
-
 def _lowest(edges: Sequence[Any]) -> list[Any]:
     """Edges of a graph from which no other one is reached: a backward pass to them visits all and holds few."""
     nodes = {edge.node for edge in edges}
@@ -208,43 +194,6 @@ def _lowest(edges: Sequence[Any]) -> list[Any]:
             stack.append((node, True))
             stack.extend((each, False) for each in behind if each not in above)
     return [edge for edge in edges if not above[edge.node]]
-
-
-def pair(batch: Any, name: str = "batches") -> tuple[Any, Any]:
-    """Input and target of a batch; what is no pair is a ValueError that names the argument it came in."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        count = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise ValueError(
-            f"{name}: expected (input, target) pairs, where a tuple holds several inputs, got "
-            f"{type(batch).__name__}{count}"
-        )
-    return batch[0], batch[1]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors on a device, also those in tuples, lists and dicts, and what else has a method `to`."""
-    if isinstance(value, Tensor):
-        value = value.clone() if value.is_inference() else value  # those of inference mode take part in no graph
-        return value.to(device, non_blocking=True)
-    if callable(getattr(value, "to", None)):
-        return value.to(device)
-    if isinstance(value, dict):
-        copied = copy.copy(value)
-        copied.update({key: _moved(each, device) for key, each in value.items()})
-        return copied
-    if not isinstance(value, tuple | list):
-        return value
-    parts = [_moved(each, device) for each in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-
-
-def leaves(value: Any) -> Iterator[Tensor]:
-    """Tensors with a batch dimension, also those in tuples, lists and dicts."""
-    if isinstance(value, Tensor) and value.dim():
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from leaves(each)
 
 
 def reachable_sites(passes: Passes, kernel: str) -> list[GrowthSite]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import growkern as gk
 from growkern import GrowthSite
-from growkern.passes import to_device
+from growkern.batches import to_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

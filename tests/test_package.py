@@ -41,9 +41,10 @@ def test_the_method_is_five_short_files():
 
 
 def test_files_import_only_what_stands_above_them():
-    order = "backend ops distributed storage arguments brief eval_mode spectra whitening layers between trace sites"
-    order = [*order.split(), "draws", "probe", "passes", "moments", "stacks", "chance", "neurons", "surgery"]
-    order += ["amplitude", "choice", "grower", "look", "widen"]
+    order = """
+        backend ops distributed storage arguments batches brief eval_mode spectra whitening layers between trace sites
+        draws probe passes moments stacks chance neurons surgery amplitude choice grower look widen
+    """.split()
     assert {p.stem for p in ROOT.glob("*.py")} == {*order, "__init__"} - {"ops"}
     for path in ROOT.glob("*.py"):
         if path.stem == "__init__":

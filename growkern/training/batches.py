@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from growkern.passes import leaves, pair, to_device
+from growkern.batches import leaves, pair, to_device
 
 
 class Batches:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern import Grower, GrowthEvent
-from growkern.passes import to_device
+from growkern.batches import to_device
 from growkern.training.batches import batch_size, count_samples, seed_all, take
 from growkern.training.checkpoint import Progress
 from growkern.training.cost import cost_per_sample, multiply_adds
