@@ -189,6 +189,8 @@ def collect(
     probes = {probe.site.name: probe for probe in (Probe(model, site, kernel, batch_dim) for site in sites)}
     if not probes:
         raise ValueError("sites: expected at least one growth site, got none")
+    if len(probes) < len(sites):
+        raise ValueError(f"sites: expected one site for each producer, got {', '.join(site.name for site in sites)}")
     elsewhere = share_uniform(probes.values())
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
