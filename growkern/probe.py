@@ -66,8 +66,6 @@ def residuals_together(
 def share_uniform(probes: Collection[Probe]) -> dict[str, str]:
     """Find the sites whose "uniform" another site measures as its hh, and let it be summed up there only.
 
-    So it is where the producer of the one is the consumer of the other, and has a bias: h then ends in ones.
-
     Returns
     -------
     dict of str to str
