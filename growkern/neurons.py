@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Method:
     whiten_x: bool = True
     whiten_v: bool = False
     schur: bool = False
-    starts_at_zero: str = "neither"
+    starts_at_zero: Literal["neither", "fan_in", "fan_out"] = "neither"
 
 
 METHODS = {

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ALL, F64, SMALL, assert_same, close
 from growth import drawn, everywhere, lively, measured, rows, train
+from networks import patches
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -45,14 +46,6 @@ def caught(model: nn.Module, site: GrowthSite, x: Tensor) -> tuple[Tensor, Tenso
     for handle in handles:
         handle.remove()
     return seen["x"], seen["h"], seen["z"]
-
-
-def windows(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Patches (B, p, H, W) under a convolution, with ones below if it has a bias."""
-    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    probe = F.conv2d(x[:1], layer.weight[:1], None, layer.stride, layer.padding, layer.dilation)
-    patches = patches.unflatten(2, probe.shape[2:])
-    return torch.cat([patches, torch.ones_like(patches[:, :1])], 1) if layer.bias is not None else patches
 
 
 def centre(hidden: Tensor, layer: nn.Conv2d, size: torch.Size) -> Tensor:
@@ -132,7 +125,7 @@ def test_new_units_add_what_their_formula_says(name: str, kernel: str, update: b
         added = between(rows(seen, producer) @ alpha.T) @ omega.T
         reached = rows(h, consumer) @ new.best_update.T
     else:
-        hidden = between(torch.einsum("bpij,kp->bkij", windows(seen, producer), alpha))
+        hidden = between(torch.einsum("bpij,kp->bkij", patches(seen, producer), alpha))
         if isinstance(consumer, nn.Linear):
             fan_out = omega.view(r, *hidden.shape[2:], count)
             added = torch.einsum("bkij,rijk->br", hidden, fan_out)
@@ -143,7 +136,7 @@ def test_new_units_add_what_their_formula_says(name: str, kernel: str, update: b
                 added = F.conv2d(hidden, fan_out, None, consumer.stride, consumer.padding, consumer.dilation)
             else:
                 added = torch.einsum("bkij,rk->brij", centre(hidden, consumer, z.shape[2:]), omega)
-            reached = torch.einsum("bqij,rq->brij", windows(h, consumer), new.best_update)
+            reached = torch.einsum("bqij,rq->brij", patches(h, consumer), new.best_update)
     gk.apply(model, new, scale=scale, update=update)
     close(caught(model, site, x)[2], z + added + (scale * reached if update else 0))
     assert update or torch.equal(consumer.weight[:, : old.shape[1]], old)
