@@ -11,7 +11,7 @@ from torch import Tensor
 
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
-_WIDE, _LEAST = 2**21, 8  # beyond so many entries of N draws are half as many, but not fewer than this
+_WIDE, _LEAST = 2**21, 8  # entries of N from which on draws are half as many, but for so many
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
 _FEW = 2**22  # entries of N times rows of a batch, up to which one call with more signs takes less than several calls
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
