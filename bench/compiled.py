@@ -86,7 +86,7 @@ class Elsewhere:
         return 0
 
 
-def compiled(launch: Launch) -> Any:
+def built(launch: Launch) -> Any:
     """Compile for the driver in force what a launch would run, into the same place of Triton's cache."""
     kernel, arguments, named = launch
     return kernel.warmup(*arguments, grid=(1,), **named)
@@ -167,7 +167,7 @@ def measure(launch: Launch, target: str) -> dict[str, Any]:
     kernel, arguments, named = launch
     if target.startswith("gfx"):
         named = {name: value for name, value in named.items() if name != "maxnreg"}
-    done = compiled((kernel, arguments, named))
+    done = built((kernel, arguments, named))
     registers, spilled = resources(target, done)
     text = done.asm["amdgcn" if target.startswith("gfx") else "ptx"]
     row = {
