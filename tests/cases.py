@@ -41,7 +41,7 @@ class Case(ABC):
         return getattr(ops, self.op)
 
     def arguments(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Call:
-        """Positional and keyword arguments; those of tests are drawn on the CPU, so that they are the same everywhere."""
+        """Positional and keyword arguments, drawn on the CPU for tests, so that they are the same on every device."""
         positional, named = self._draw(_Source(dtype, seed, self.layout, device, small=self.size == "test"))
         return tuple(positional), named
 

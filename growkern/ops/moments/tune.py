@@ -86,7 +86,7 @@ def _shape(kind: str, width: int) -> tuple[int, ...]:
 
 
 def _with_tiles(candidate: Tiles) -> Any:
-    """An engine of Triton's kernels that cuts everything in one way."""
+    """Make an engine that cuts everything in one way."""
 
     def choose(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
         return candidate
