@@ -131,6 +131,7 @@ def test_the_current_stream_is_used(case, backend):
 @pytest.mark.parametrize(
     ("case", "backend"), [(case, backend) for case in SAMPLES for backend in on_gpu(case.op)], ids=str
 )
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_nothing_waits_for_the_device(case, backend):
     args, named = case.arguments(torch.float32, device="cuda")
     run(case, args, named, backend)  # tables and compiled kernels are made the first time

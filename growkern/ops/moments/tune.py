@@ -27,8 +27,9 @@ CHANGES: list[dict[str, int]] = [
     {"warps": 8},
     {"stages": 2},
     {"stages": 4},
+    {"programs": 1},
     {"programs": 2},
-    {"programs": 16},
+    {"programs": 4},
     {"shifts": 2, "warps": 8},
     {"shifts": 4, "warps": 8},
 ]
