@@ -229,7 +229,7 @@ def schedule(
 def _lengths(
     positions: np.ndarray, programs: np.ndarray, cut: np.ndarray, tiles: Tiles, processors: int, shortest: int
 ) -> np.ndarray:
-    """Choose the positions of a split of every product: of all that are cut alike, and launched together, one number."""
+    """Choose the positions of a split of every product: one number for all that are cut alike and launched together."""
     # A launch takes as many turns as it has programs for a place on a multiprocessor. A last one of few takes as long.
     lengths = np.empty_like(positions)
     for kind in np.unique(cut, axis=0):
