@@ -10,7 +10,7 @@ from processes import HAS_TRITON, needs_interpreter, python
 
 from growkern.backend import INTERPRETED, use_backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call, Residual, gpu, grouped_moments, grouped_residuals, schedule
+from growkern.ops.moments import Call, Residual, gpu, grouped_moments, grouped_residuals, schedule, turns
 from growkern.ops.moments.schedule import Tiles
 
 OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
@@ -92,7 +92,7 @@ def expected(case):
 def many_splits(monkeypatch):
     """Splits of 32 positions at least, as many as 50 programs call for."""
     schedule.schedule.cache_clear()
-    monkeypatch.setattr(schedule, "SHORTEST", 32)
+    monkeypatch.setattr(turns, "SHORTEST", 32)
     monkeypatch.setattr(gpu, "processors_of", lambda device: 50)
     yield
     schedule.schedule.cache_clear()

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from growkern.ops.moments.plan import ONES, Piece, Plan, Product
+from growkern.ops.moments.turns import lengths_of
 
 FIELDS = 22  # of a product
 REGION_FIELDS = 11
-SHORTEST = 256  # positions that one program should sum at least, and about what it costs to start and end
-STEP = 64  # of the positions that programs sum
 SUM_BLOCK = 1024  # elements of one program that adds up splits
 COMBINE_BLOCK, COMBINE_DRAWS = 128, 32  # elements and draws of one that adds up runs under signs
 ASSEMBLE_ROWS, ASSEMBLE_COLUMNS = 16, 128  # tile of a program that assembles results
@@ -160,15 +159,12 @@ def schedule(
         apart = np.ones(count, bool)
     else:
         cut = np.column_stack([blocks, [each.shifts for each in bundles]])
-        programs = np.array([len(each) for each in grid], np.int64) * draws
-        shortest = SHORTEST
-        while True:
-            lengths = _lengths(positions, programs, cut, tiles, processors, shortest)
-            splits = np.maximum(1, -(-positions // lengths))
-            apart = splits > 1
-            if (splits * sizes)[apart].sum() * draws <= most or not apart.any():
-                break
-            shortest *= 2
+        asked = np.array([len(each) for each in grid], np.int64) * draws
+        groups = np.array([_warps(tiles, int(m * n)) for m, n in blocks], np.int64)
+        places = processors * tiles.programs * tiles.warps // groups
+        lengths = lengths_of(positions, asked, sizes * draws, cut, places, most)
+        splits = np.maximum(1, -(-positions // lengths))
+        apart = splits > 1
     partial = np.where(apart, splits * sizes, 0)
     spare = int(partial.sum())
     starts = np.empty(count, np.int64)
@@ -201,8 +197,8 @@ def schedule(
     shifts = np.array([each.shifts for each in bundles], np.int64)
     kinds = np.column_stack([np.column_stack([blocks, shifts])[products], tables[:, 0] >= count])
     # Programs that run at the same time should read the same positions; the short ones fill the gaps at the end.
-    small = (positions < lengths)[products]
-    ordered = np.lexsort((tables[:, 3], small, *kinds.T[::-1]))
+    taken = np.minimum(lengths[products], positions[products] - tables[:, 3] * lengths[products])
+    ordered = np.lexsort((tables[:, 3], -taken, *kinds.T[::-1]))
     tables, kinds = tables[ordered], kinds[ordered]
     *assembly, programs = _assembly(plans, offsets, extents)
     arrays = (np.array(rows, np.int64).reshape(-1, FIELDS), tables, _joined(sums, 6, np.int64), *assembly)
@@ -224,24 +220,6 @@ def schedule(
         tiles=tiles,
         programs=programs,
     )
-
-
-def _lengths(
-    positions: np.ndarray, programs: np.ndarray, cut: np.ndarray, tiles: Tiles, processors: int, shortest: int
-) -> np.ndarray:
-    """Choose the positions of a split of every product: one number for all that are cut alike and launched together."""
-    # A launch takes as many turns as it has programs for a place on a multiprocessor. A last one of few takes as long.
-    lengths = np.empty_like(positions)
-    for kind in np.unique(cut, axis=0):
-        alike = (cut == kind).all(1)
-        places = max(1, processors * tiles.programs * tiles.warps // _warps(tiles, int(kind[0] * kind[1])))
-        longest = max(1, int(positions[alike].max()))
-        parts = np.arange(1, min(longest // shortest, 4 * places) + 1) if longest > shortest else np.ones(1, np.int64)
-        tried = -(-longest // parts // STEP) * STEP
-        share = positions[alike, None] / tried
-        count = programs[alike] @ np.where(share > 0.5, np.ceil(share), share)  # short programs fill gaps
-        lengths[alike] = tried[np.argmin(np.ceil(count / places) * (tried + SHORTEST))]
-    return lengths
 
 
 def _warps(tiles: Tiles, elements: int) -> int:
