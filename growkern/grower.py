@@ -41,11 +41,11 @@ class GrowthEvent:
     loss_before, loss_after : float
         On the batches that the amplitude was chosen on, in evaluation mode.
     bottleneck, removed, gain : float
-        As in `NewNeurons`, for the site that was chosen.
+        As in `NewNeurons`, for the site that was chosen; 0 where none was measured.
     widths : dict of str to int
         Units of every site after the step.
     bottlenecks : dict of str to float
-        Ψ of every site that was measured.
+        Ψ of every site that was measured: those that the budgets leave room at.
     seconds : float
         Wall time of the step.
     parts : tuple of GrowthEvent
@@ -160,11 +160,8 @@ class Grower:
         self._method, self._neurons, self._paired = method, neurons, paired
         self._held_out = held_out if METHODS[method].starts_at_zero == "neither" else 0.0
         self._passes: dict[str, Any] = {"reduction": reduction, "group": group, "batch_dim": batch_dim}
-        self._collect: dict[str, Any] = {
-            "kernel": kernel,
-            "null_draws": null_draws * (neurons == "auto"),
-            **self._passes,
-        }
+        draws = null_draws * (neurons == "auto")
+        self._collect: dict[str, Any] = {"kernel": kernel, "null_draws": draws, **self._passes}
         self._turn = 0
 
     def due(self, epoch: int) -> bool:
@@ -209,8 +206,7 @@ class Grower:
         passes, search = Passes(self.model, batches, self.loss_fn, **self._passes).divided(self._held_out)
         sites = self._located(passes)
         if self.where == "best" and self._method == "random":
-            self._turn += 1
-            return self._grow([sites[(self._turn - 1) % len(sites)]], passes, search)
+            sites, self._turn = [sites[self._turn % len(sites)]], self._turn + 1
         if self.where == "best":
             return self._grow(sites, passes, search)
         parts = tuple(self._grow([site], passes, search) for site in sites)
@@ -237,11 +233,15 @@ class Grower:
 
     def _grow(self, sites: Sequence[GrowthSite], passes: Passes, search: Passes) -> GrowthEvent:
         """One growth at the best of some sites: measured on the one, its amplitude chosen on the other passes."""
-        start = time.perf_counter()
+        start, name, scale = time.perf_counter(), sites[0].name, 0.0
+        if not (sites := [site for site in sites if self._room(site) != 0]):
+            with evaluating(self.model):
+                loss, seconds = search.loss(), time.perf_counter() - start
+            reason = "the budget of parameters or neurons is spent"
+            return GrowthEvent(name, 0, scale, False, loss, loss, 0.0, 0.0, 0.0, self._widths(), {}, seconds, reason)
         moments = collect(self.model, sites, passes.batches, self.loss_fn, **self._collect)
         found = self._solve(moments)
         name, new, reason = distributed.agree(self._choose(moments, found), passes.group)
-        scale = 0.0
         with evaluating(self.model):
             before = after = search.loss()
             if not reason:
@@ -259,7 +259,7 @@ class Grower:
             bottleneck=new.bottleneck,
             removed=new.removed,
             gain=new.gain,
-            widths={site.name: resolve(self.model, site).units for site in self.sites or ()},
+            widths=self._widths(),
             bottlenecks={name: each.bottleneck for name, each in found.items()},
             seconds=time.perf_counter() - start,
             reason=reason,
@@ -271,19 +271,23 @@ class Grower:
         for name, each in moments.items():
             unit = granularity(each, self._method, self._paired)
             count = self._neurons if isinstance(self._neurons, str) else -(-self._neurons // unit) * unit
-            alike.setdefault((count, self._room(each)), {})[name] = each
+            alike.setdefault((count, self._room(each.site)), {})[name] = each
         found: dict[str, NewNeurons] = {}
         for (count, room), group in alike.items():
             found |= solve(group, method=self._method, neurons=count, max_neurons=room, paired=self._paired)
         return {name: found[name] for name in moments}
 
-    def _room(self, moments: Moments) -> int | None:
-        """Units that fit the budget at a site."""
-        if self.max_parameters is None:
-            return self.max_neurons
-        left = self.max_parameters - sum(p.numel() for p in self.model.parameters())
-        room = max(left // moments.unit_parameters, 0)
-        return room if self.max_neurons is None else min(room, self.max_neurons)
+    def _room(self, site: GrowthSite) -> int | None:
+        """Units that the budgets leave room for at a site, in multiples of what it grows by."""
+        layers, rooms = resolve(self.model, site), [] if self.max_neurons is None else [self.max_neurons]
+        if self.max_parameters is not None:
+            left = self.max_parameters - sum(p.numel() for p in self.model.parameters())
+            rooms.append(max(left // layers.unit_parameters, 0))
+        unit = granularity(layers.between, self._method, self._paired)
+        return min(rooms) // unit * unit if rooms else None
+
+    def _widths(self) -> dict[str, int]:
+        return {site.name: resolve(self.model, site).units for site in self.sites or ()}
 
     def _choose(self, moments: dict[str, Moments], found: dict[str, NewNeurons]) -> tuple[str, NewNeurons, str]:
         """Name and neurons of the site that promises most per unit of cost, and the reason not to grow, if any."""
@@ -298,8 +302,6 @@ class Grower:
 
         name = max(found, key=promise)
         if not len(found[name]):
-            if not any(self._room(m) is None or self._room(m) for m in moments.values()):
-                return name, found[name], "the budget of parameters or neurons is spent"
             above = "no neuron stands above chance" if self._neurons == "auto" else "no direction is left to add"
             above = above if any(new.bottleneck + new.reachable for new in found.values()) else "all gradients are zero"
             few = any(found[n].noise == math.inf or m.samples <= len(m.hh) for n, m in moments.items())

@@ -222,7 +222,6 @@ def _assemble(probe: Probe, count: int, reduction: str, sums: dict[str, Tensor],
         means[name] = trimmed.contiguous().div_(count)
     if probe.kernel == "full":
         means["xh"] = means["null_h"] = None  # type: ignore[assignment]
-    fan_in = producer.weight.detach().flatten(1)
     fan_out = consumer.weight.detach().reshape(len(consumer.weight), probe.layers.units, -1).transpose(0, 1).flatten(1)
     return Moments(
         site=probe.site,
@@ -236,9 +235,9 @@ def _assemble(probe: Probe, count: int, reduction: str, sums: dict[str, Tensor],
         h_bias=consumer.bias is not None,
         offsets=means["xv"].shape[1] // max(means["vv"].shape[0], 1),
         multiple=between.multiple,
-        unit_parameters=p + fan_out.shape[1] + (0 if between.norm is None else 2),
+        unit_parameters=probe.layers.unit_parameters,
         unit_flops=p * probe.hidden_positions + fan_out.shape[1] * probe.output_positions,
-        fan_in_norm=float(fan_in.norm(dim=1).mean()),
+        fan_in_norm=float(producer.weight.detach().flatten(1).norm(dim=1).mean()),
         fan_out_norm=float(fan_out.norm(dim=1).mean()),
         update=update,
         **means,

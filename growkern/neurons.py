@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from growkern.arguments import check_choice, check_count, check_instance
+from growkern.between import Between
 from growkern.chance import threshold
 from growkern.moments import Moments
 from growkern.sites import GrowthSite
@@ -255,10 +256,10 @@ def check_options(method: str, neurons: int | str, max_neurons: int | None) -> N
         raise ValueError(f"neurons: {method!r} has no directions to count; give an integer")
 
 
-def granularity(moments: Moments, method: str, paired: bool) -> int:
+def granularity(site: Moments | Between, method: str, paired: bool) -> int:
     """Units that a site grows by: whole groups of a GroupNorm, and ± pairs, also those that `method` needs."""
-    paired = paired or (METHODS[method].starts_at_zero == "fan_in" and not moments.smooth)
-    return moments.multiple * 2 if paired and moments.multiple % 2 else moments.multiple
+    paired = paired or (METHODS[method].starts_at_zero == "fan_in" and not site.smooth)
+    return site.multiple * 2 if paired and site.multiple % 2 else site.multiple
 
 
 def _check(moments: Moments, method: str, neurons: int | str, paired: bool) -> None:

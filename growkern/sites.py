@@ -62,6 +62,12 @@ class Layers:
         """Hidden units of the site: features, or channels."""
         return self.producer.weight.shape[0]
 
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters that one more unit brings."""
+        weights = (self.producer.weight.numel() + self.consumer.weight.numel()) // self.units
+        return weights + (self.producer.bias is not None) + (0 if self.between.norm is None else 2)
+
 
 def resolve(model: nn.Module, site: GrowthSite) -> Layers:
     """Look a site up in a model.

@@ -231,19 +231,6 @@ def test_schedule_of_epochs():
     assert all(gk.Grower(mlp(), None, F.mse_loss).due(epoch) for epoch in range(3))
 
 
-def test_budget():
-    model, data = mlp(), batches()
-    size = sum(p.numel() for p in model.parameters())
-    grower = gk.Grower(model, None, F.mse_loss, neurons=4, max_parameters=size + 30)
-    for _ in range(4):
-        event = grower.step(data)
-        assert sum(p.numel() for p in model.parameters()) <= size + 30
-    assert sum(p.numel() for p in model.parameters()) > size
-    assert not event.accepted
-    assert "budget" in event.reason
-    assert gk.Grower(mlp(), None, F.mse_loss, neurons=4, max_neurons=1).step(data).neurons == 1
-
-
 def test_update_is_applied_on_request():
     model, data = mlp(), batches()
     site = gk.find_sites(model, data[0][0])[:1]

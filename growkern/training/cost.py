@@ -29,7 +29,8 @@ def multiply_adds(work: Callable[[], Result]) -> tuple[float, Result]:
     -------
     tuple
         PyTorch's own count of matrix products and convolutions, with one multiply-add for each sample, position
-        and entry of a second moment, and 9·n³ for each eigenproblem; and what `work` returned.
+        and entry of a second moment, 9·n³ for each eigenproblem, n³/6 for each factor by Cholesky's method, n²·m/2 for
+        each triangular solve of m columns and 2·n·m² for each basis of m columns; and what `work` returned.
     """
 
     def second_moments(_: Any, h: Any, *rest: Any, out_shape: Any, **options: Any) -> int:
@@ -40,6 +41,10 @@ def multiply_adds(work: Callable[[], Result]) -> tuple[float, Result]:
         op: second_moments for op in (ops.linear_moments, ops.conv2d_moments, ops.linear_residual, ops.conv2d_residual)
     }
     counted[ops.eigh] = lambda a, **options: 18 * math.prod(a) * a[-1]
+    aten = torch.ops.aten
+    counted[aten.linalg_cholesky_ex] = lambda a, *rest, **options: math.prod(a) * a[-1] // 3
+    counted[aten.linalg_solve_triangular] = lambda a, b, **options: math.prod(b) * a[-1]
+    counted[aten.linalg_qr] = lambda a, *rest, **options: 4 * math.prod(a) * a[-1]
     with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         result = work()
     return counter.get_total_flops() / 2, result
