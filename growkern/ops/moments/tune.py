@@ -31,6 +31,7 @@ CHANGES: list[dict[str, int]] = [
     {"programs": 2},
     {"programs": 4},
     {"shifts": 2, "warps": 8},
+    {"shifts": 2, "warps": 4, "programs": 2},
     {"shifts": 4, "warps": 8},
 ]
 
