@@ -14,7 +14,9 @@ _RESIDUAL = 5e-9  # of TᵀT, relative to the geometric mean of the wanted eigen
 _VECTORS = 4  # of a basis, at least, for each singular value that it has to find
 _PIVOTS = 64  # features that a step of Cholesky's method takes at once
 _PATIENCE = 2**14  # over the square of a matrix's rows: vectors before slow convergence counts
-_CONDITION_STEPS = 4  # of Lanczos' method: conditions from 0.6 of the true ones on, from 0.95 near singular moments
+CONDITION_STEPS = 4  # of Lanczos' method: conditions from 0.6 of the true ones on, from 0.95 near singular moments
+SHIFT = 0.25  # of a cut-off: beyond what rounding takes eigenvalues below zero, and closer to them than to others
+_NARROW = 36  # of a matrix's columns, those of a step that looks for its null space
 BLOCK = 16  # columns of a step of block Lanczos
 WIDE = 512  # rows of a matrix, from which on a few singular values cost less by Lanczos' method
 
@@ -22,6 +24,11 @@ WIDE = 512  # rows of a matrix, from which on a few singular values cost less by
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Give a b for b (..., n, k) of few columns; on a CPU its transpose costs a third of the time."""
     return (b.mT @ a.mT).mT
+
+
+def solved(lower: Tensor, b: Tensor) -> Tensor:
+    """Give a⁻¹ b for the Cholesky factor of a; `cholesky_solve` copies that of a batch."""
+    return torch.linalg.solve_triangular(lower.mT, torch.linalg.solve_triangular(lower, b, upper=False), upper=True)
 
 
 def top_singular(
@@ -174,6 +181,36 @@ def _outside(basis: Tensor, b: Tensor) -> Tensor:
     return b - basis @ (basis.mT @ b)
 
 
+def least(a: Tensor, shift: Tensor, cut: float) -> Tensor | None:
+    """Orthonormal columns (n, k) that span the eigenvectors of a (n, n) for eigenvalues up to `cut`, where k is small.
+
+    Parameters
+    ----------
+    a : Tensor
+        Symmetric.
+    shift : Tensor
+        (n,) added to the diagonal, so that there is an inverse, of which they are the dominant eigenvectors: `SHIFT` of
+        the cut-off, and more for features that are none.
+    cut : float
+        The cut-off.
+
+    Returns
+    -------
+    Tensor or None
+        None where they are too many, or the matrix is negative beyond the shift.
+    """
+    lower = a.mT.clone()
+    lower.diagonal().add_(shift)
+    info = torch.empty((), dtype=torch.int32, device=a.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    if info:
+        return None
+    block = max(2 * BLOCK, len(a) // _NARROW)  # finds as many equal eigenvalues, which those of exact copies are
+    start = torch.arange(len(a) * block, dtype=a.dtype, device=a.device).square().mul(0.7).cos().view(-1, block)
+    found = top_singular(lambda b: solved(lower, b), solved(lower, start), len(a), ((1 + SHIFT) * cut) ** -0.5)
+    return None if found is None else torch.linalg.qr(found[1])[0]
+
+
 def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest eigenvalue of S a S where S, a diagonal matrix, is not 0: estimates from inside.
 
@@ -195,12 +232,10 @@ def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor
     new = (torch.arange(a.shape[-1], dtype=lower.dtype, device=a.device).mul(2.4).cos() * seen)[..., None, :]
     old, length = torch.zeros_like(both), new.norm(dim=-1, keepdim=True)
     diagonal, below = [], []
-    for _ in range(_CONDITION_STEPS):
+    for _ in range(CONDITION_STEPS):
         old, new = new / length.clamp_min(1e-300), old
         up, down = (both * old).split(1, -2)
-        down = torch.linalg.solve_triangular(lower, down.mT, upper=False)
-        down = torch.linalg.solve_triangular(lower.mT, down, upper=True)  # cholesky_solve copies a batch's factor
-        new = torch.cat([up.to(a.dtype) @ a, down.mT], -2) * both - length * new
+        new = torch.cat([up.to(a.dtype) @ a, solved(lower, down.mT).mT], -2) * both - length * new
         diagonal.append(torch.linalg.vecdot(old, new)[..., None])
         new = new - diagonal[-1] * old
         length = new.norm(dim=-1, keepdim=True)
