@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from growkern import ops
 
+logger = logging.getLogger(__name__)
+
 _RESIDUAL = 5e-9  # of TᵀT, relative to the geometric mean of the wanted eigenvalue and the largest
 _VECTORS = 4  # of a basis, at least, for each singular value that it has to find
 _PIVOTS = 64  # features that a step of Cholesky's method takes at once
 _PATIENCE = 2**14  # over the square of a matrix's rows: vectors before slow convergence counts
 CONDITION_STEPS = 4  # of Lanczos' method: conditions from 0.6 of the true ones on, from 0.95 near singular moments
+_LONG = 8192  # rows of a matrix, of which all eigenvectors take minutes
 SHIFT = 0.25  # of a cut-off: beyond what rounding takes eigenvalues below zero, and closer to them than to others
 _NARROW = 36  # of a matrix's columns, those of a step that looks for its null space
 BLOCK = 16  # columns of a step of block Lanczos
@@ -32,7 +36,7 @@ def solved(lower: Tensor, b: Tensor) -> Tensor:
 
 
 def top_singular(
-    square: Callable[[Tensor], Tensor], start: Tensor, most: int, above: float
+    square: Callable[[Tensor], Tensor], start: Tensor, most: int, above: float, persist: bool = False
 ) -> tuple[Tensor, Tensor] | None:
     """Largest singular values (..., k) of one matrix and vectors (..., s, k) of its smaller side, by block Lanczos.
 
@@ -46,6 +50,8 @@ def top_singular(
         How many are wanted at most.
     above : float
         Size below which none is wanted.
+    persist : bool
+        Go on as long as the basis may be, for many that converge together.
 
     Returns
     -------
@@ -72,7 +78,7 @@ def top_singular(
         beyond = rest @ vectors[-block:]  # TᵀT basis vectors = basis vectors w + fresh beyond
         w, residuals = torch.stack([values, beyond.norm(dim=0)]).tolist()
         count = min(most, sum(each > above**2 for each in w))
-        if _VECTORS * count > s // 3:
+        if not persist and _VECTORS * count > s // 3:
             return None
         if count == len(w):
             continue
@@ -87,7 +93,7 @@ def top_singular(
         rate = (worst / before[1]) ** (1 / (steps - before[0]))
         left = s // 3 // block - steps
         # In a bulk of noise it is too slow to pay; but beyond caches a whole decomposition costs much more.
-        if len(w) >= max(4 * block, s**2 // _PATIENCE) and worst * rate**left > _RESIDUAL:
+        if not persist and len(w) >= max(4 * block, s**2 // _PATIENCE) and worst * rate**left > _RESIDUAL:
             return None
         before = steps, worst or 1.0
     return None
@@ -138,7 +144,16 @@ def dominant(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a (..., n, n), at least all that stand above `cut` (...,)."""
     n, lead = a.shape[-1], a.shape[:-2]
     found = _of_columns(a.view(n, n), cut) if n >= WIDE and lead.numel() == 1 else None
-    return ops.eigh(a) if found is None else (found[0].view(*lead, -1), found[1].view(*lead, n, -1))
+    if found is not None:
+        return found[0].view(*lead, -1), found[1].view(*lead, n, -1)
+    if n >= _LONG:
+        logger.warning(
+            "the second moment of %d features has neither few directions nor almost all, as with about as many samples: "
+            "its eigenvectors take long, and %.1f GiB; with more samples there would be no need of them",
+            n,
+            4 * n**2 * a.element_size() / 2**30,  # LAPACK's workspace is half of that
+        )
+    return ops.eigh(a)
 
 
 def _of_columns(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -207,7 +222,9 @@ def least(a: Tensor, shift: Tensor, cut: float) -> Tensor | None:
         return None
     block = max(2 * BLOCK, len(a) // _NARROW)  # finds as many equal eigenvalues, which those of exact copies are
     start = torch.arange(len(a) * block, dtype=a.dtype, device=a.device).square().mul(0.7).cos().view(-1, block)
-    found = top_singular(lambda b: solved(lower, b), solved(lower, start), len(a), ((1 + SHIFT) * cut) ** -0.5)
+    found = top_singular(
+        lambda b: solved(lower, b), solved(lower, start), len(a), ((1 + SHIFT) * cut) ** -0.5, persist=True
+    )
     return None if found is None else torch.linalg.qr(found[1])[0]
 
 
