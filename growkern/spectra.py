@@ -148,7 +148,7 @@ def dominant(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
         return found[0].view(*lead, -1), found[1].view(*lead, n, -1)
     if n >= _LONG:
         logger.warning(
-            "the second moment of %d features has neither few directions nor almost all, as with about as many samples: "
+            "the second moment of %d features has neither few directions nor nearly all of them, as with few samples: "
             "its eigenvectors take long, and %.1f GiB; with more samples there would be no need of them",
             n,
             4 * n**2 * a.element_size() / 2**30,  # LAPACK's workspace is half of that
@@ -222,10 +222,10 @@ def least(a: Tensor, shift: Tensor, cut: float) -> Tensor | None:
         return None
     block = max(2 * BLOCK, len(a) // _NARROW)  # finds as many equal eigenvalues, which those of exact copies are
     start = torch.arange(len(a) * block, dtype=a.dtype, device=a.device).square().mul(0.7).cos().view(-1, block)
-    found = top_singular(
-        lambda b: solved(lower, b), solved(lower, start), len(a), ((1 + SHIFT) * cut) ** -0.5, persist=True
-    )
-    return None if found is None else torch.linalg.qr(found[1])[0]
+    above = ((1 + SHIFT) * cut) ** -0.5
+    found = top_singular(lambda b: solved(lower, b), solved(lower, start), len(a), above, persist=True)
+    # A basis that has outgrown the null space is less orthogonal; once more takes out what that let in.
+    return None if found is None else torch.linalg.qr(solved(lower, found[1]))[0]
 
 
 def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,20 +104,24 @@ class Factor:
     def _leave_out(self, scaled: Tensor, alive: Tensor, cut: Tensor, high: Tensor) -> bool:
         """Factor one wide moment by Cholesky's method beside a null space of few directions, if it is such a one."""
         n = scaled.shape[-1]
-        null = least(scaled.view(n, n), (SHIFT * cut + ~alive).view(n), float(cut))
+        square = scaled.view(n, n)
+        null = least(square, (SHIFT * cut + ~alive).view(n), float(cut))
         if null is None:
             return False
-        null = null.view(*scaled.shape[:-1], -1)
         # P a P + V Vᵀ with P = 1 − V Vᵀ: on the range of P, what is left of a.
-        image = scaled @ null
+        image = square @ null
         half = image - null @ (null.mT @ image + torch.eye(null.shape[-1], dtype=null.dtype, device=null.device)) / 2
-        lower, info = _cholesky(scaled - null @ half.mT - half @ null.mT, alive)
+        square.addmm_(null, half.mT, alpha=-1).addmm_(half, null.mT, alpha=-1)
+        lower, info = _cholesky(scaled, alive)
         start = torch.ones_like(scaled[..., :1])
         low = largest_eigenvalue(lambda b: solved(lower, b), start, CONDITION_STEPS)[..., 0].reciprocal()
         self.sound = (info == 0) & (low > cut)
+        if not self.sound:  # a direction was missed
+            square.addmm_(null, half.mT).addmm_(half, null.mT)
+            return False
         self.rank, self.condition = alive.sum(-1) - null.shape[-1], high / low
-        self._lower, self._null = (lower, null) if self.sound else (None, None)
-        return bool(self.sound)
+        self._lower, self._null = lower, null.view(*scaled.shape[:-1], -1)
+        return True
 
     def _outside(self, b: Tensor) -> Tensor:
         """Project the columns of b away from the null space, where the factor does not leave it out by itself."""

@@ -115,7 +115,16 @@ def test_a_moment_that_is_none_by_far_is_factored_by_eigenvectors(monkeypatch, c
     assert factor.rank == right.rank == len(a) - 1
     b = torch.randn(len(a), 3, dtype=torch.float64)
     torch.testing.assert_close(factor.solve(b), right.solve(b))
-    assert "520 features has neither few directions nor almost all" in caplog.text
+    assert "520 features has neither few directions nor nearly all" in caplog.text
+
+
+def test_a_null_direction_that_was_missed_shows(monkeypatch):
+    a, whole = almost_whole("sums", 5, torch.float32), spectra.least
+    monkeypatch.setattr(whitening, "least", lambda *args: whole(*args)[:, 1:])
+    right, factor = Factor(a, by_eigenvectors=True), Factor(a)
+    assert factor.rank == right.rank == len(a) - 5
+    b = torch.randn(len(a), 3, dtype=torch.float64)
+    torch.testing.assert_close(factor.solve(b), right.solve(b))
 
 
 @pytest.mark.parametrize("method", ["tiny", "joint", "fisher"])
