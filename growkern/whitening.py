@@ -36,7 +36,8 @@ class Factor:
 
     A moment is scaled to unit diagonal first, so that units and a column of ones do not matter, and every cut-off is
     relative to that. Features whose diagonal is zero are left out. A Cholesky factor serves wherever the moment is
-    well conditioned, which `sound` tells, else the eigenvectors above `relative_cut` do.
+    well conditioned, which `sound` tells, or one wide moment is so beside a small null space, else the eigenvectors
+    above `relative_cut` do.
     Everything runs in float64, and nothing waits for a GPU but one wide moment.
 
     Parameters
