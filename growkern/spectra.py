@@ -196,7 +196,7 @@ def _outside(basis: Tensor, b: Tensor) -> Tensor:
     return b - basis @ (basis.mT @ b)
 
 
-def least(a: Tensor, shift: Tensor, cut: float) -> Tensor | None:
+def null_space(a: Tensor, shift: Tensor, cut: float) -> Tensor | None:
     """Orthonormal columns (n, k) that span the eigenvectors of a (n, n) for eigenvalues up to `cut`, where k is small.
 
     Parameters

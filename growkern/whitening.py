@@ -17,7 +17,7 @@ from growkern.spectra import (
     dominant,
     extreme_eigenvalues,
     largest_eigenvalue,
-    least,
+    null_space,
     product,
     solved,
     top_singular,
@@ -106,7 +106,7 @@ class Factor:
         """Factor one wide moment by Cholesky's method beside a null space of few directions, if it is such a one."""
         n = scaled.shape[-1]
         square = scaled.view(n, n)
-        null = least(square, (SHIFT * cut + ~alive).view(n), float(cut))
+        null = null_space(square, (SHIFT * cut + ~alive).view(n), float(cut))
         if null is None:
             return False
         # P a P + V Vᵀ with P = 1 − V Vᵀ: on the range of P, what is left of a.

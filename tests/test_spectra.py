@@ -119,8 +119,8 @@ def test_a_moment_that_is_none_by_far_is_factored_by_eigenvectors(monkeypatch, c
 
 
 def test_a_null_direction_that_was_missed_shows(monkeypatch):
-    a, whole = almost_whole("sums", 5, torch.float32), spectra.least
-    monkeypatch.setattr(whitening, "least", lambda *args: whole(*args)[:, 1:])
+    a, whole = almost_whole("sums", 5, torch.float32), spectra.null_space
+    monkeypatch.setattr(whitening, "null_space", lambda *args: whole(*args)[:, 1:])
     right, factor = Factor(a, by_eigenvectors=True), Factor(a)
     assert factor.rank == right.rank == len(a) - 5
     b = torch.randn(len(a), 3, dtype=torch.float64)
@@ -137,7 +137,7 @@ def test_neurons_do_not_depend_on_how_null_directions_are_left_out(method, monke
     site = gk.find_sites(model, x[:1])
     moments = gk.collect(model, site, [(x, target)], F.mse_loss)["0"]
     found = []
-    for unused in ("dominant", "least"):
+    for unused in ("dominant", "null_space"):
         with monkeypatch.context() as patch:
             patch.setattr(whitening, unused, lambda *_: None)
             found.append(gk.solve(moments, method=method))
