@@ -14,7 +14,7 @@ from torch import nn
 
 from growkern import distributed
 from growkern.amplitude import best_amplitude
-from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, check_share, check_trained, listed
+from growkern.arguments import check_choice, check_collected, check_count, check_share, check_trained, listed
 from growkern.choice import best_site
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
@@ -143,9 +143,7 @@ class Grower:
         check_options(method, neurons, max_neurons)
         check_choice("where", where, ("best", "all"))
         check_choice("cost", cost, ("parameters", "flops"))
-        check_choice("kernel", kernel, KERNELS)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_count("null_draws", null_draws)
+        check_collected(kernel, reduction, null_draws)
         check_count("max_parameters", max_parameters, also=(None,))
         check_share("held_out", held_out)
         if not isinstance(when, Collection):

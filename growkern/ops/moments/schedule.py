@@ -11,10 +11,10 @@ from torch import Tensor
 
 from growkern.ops.moments.bundles import Line, bundled, is_same_walk
 from growkern.ops.moments.plan import ONES, Plan, Product
+from growkern.ops.moments.turns import lengths_of
 
 FIELDS = 22  # of a product
 REGION_FIELDS = 11
-SHORTEST = 256  # positions that one program should sum at least
 SUM_BLOCK = 1024  # elements of one program that adds up splits
 COMBINE_BLOCK, COMBINE_DRAWS = 128, 32  # elements and draws of one that adds up runs under signs
 ASSEMBLE_ROWS, ASSEMBLE_COLUMNS = 16, 128  # tile of a program that assembles results
@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
     block_k: int
     warps: int = 4
     stages: int = 3
-    programs: int = 8  # to aim for on each multiprocessor
+    programs: int = 3  # that a multiprocessor holds at a time
     shifts: int = 1  # of v along rows that a program multiplies with one tile of u, where there are as many
 
 
@@ -146,6 +146,7 @@ def schedule(
         [square and p.u == p.v and is_same_walk(p.rows) and is_same_walk(p.columns) for _, p, *_ in lines], bool
     )
     blocks = _blocks(extents, positions, tiles)
+    cuts = np.column_stack([blocks, np.array([line.shifts for line in lines], np.int64)])
     grids = [
         np.empty((0, 2), np.int64) if line.place else _grid(*each)
         for line, *each in zip(lines, extents, symmetric, blocks, strict=True)
@@ -154,9 +155,12 @@ def schedule(
         lengths = areas * np.array([runs[line.owner] for line in lines], np.int64)
         splits, apart = -(-positions // np.maximum(1, lengths)), np.ones(len(lines), bool)
     else:
-        work = sum(len(grid) * k for grid, k in zip(grids, positions, strict=True)) * draws
-        share = -(-work // max(1, processors * tiles.programs))
-        lengths, splits, apart = _split(share, positions, sizes * draws, most)
+        asked = np.array([len(grid) for grid in grids], np.int64) * draws
+        groups = np.array([_warps(tiles, int(m * n)) for m, n in blocks], np.int64)
+        places = processors * tiles.programs * tiles.warps // groups
+        lengths = lengths_of(positions, asked, sizes * draws, cuts, places, most)
+        splits = np.maximum(1, -(-positions // lengths))
+        apart = splits > 1
 
     # The workspace: the slots of every draw, then what has to be added up to them.
     order = np.lexsort(np.array([(line.place, line.first) for line in lines], np.int64).reshape(-1, 2).T)
@@ -180,11 +184,10 @@ def schedule(
 
     tables = _joined(items, 4, np.int32)
     products = tables[:, 0] % max(1, len(lines))
-    shifts = np.array([line.shifts for line in lines], np.int64)
-    kinds = np.column_stack([blocks[products], shifts[products], tables[:, 0] >= len(lines)])
+    kinds = np.column_stack([cuts[products], tables[:, 0] >= len(lines)])
     # Programs that run at the same time should read the same positions; the short ones fill the gaps at the end.
-    small = np.minimum(lengths, positions)[products] < lengths.max(initial=1)
-    ordered = np.lexsort((tables[:, 3], small, *kinds.T[::-1]))
+    taken = np.minimum(lengths[products], positions[products] - tables[:, 3] * lengths[products])
+    ordered = np.lexsort((tables[:, 3], -taken, *kinds.T[::-1]))
     *assembly, programs = _assembly(plans, offsets, extents)
     arrays = (np.array(rows, np.int64).reshape(-1, FIELDS), tables[ordered], _joined(sums, 6, np.int64), *assembly)
     names = "products", "items", "sums", "regions", "starts", "terms", "weights"
@@ -198,35 +201,6 @@ def schedule(
         tiles=tiles,
         programs=programs,
     )
-
-
-def _split(
-    share: int, positions: np.ndarray, sizes: np.ndarray, most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Divide the positions of every product into splits of about `share`.
-
-    Parameters
-    ----------
-    share : int
-        Positions of a split; more where the splits would take over `most` elements.
-    positions, sizes : array, shape (products,)
-        Positions of each product, and elements of its sums.
-    most : int
-        Elements that splits may take.
-
-    Returns
-    -------
-    lengths, splits, apart : array, shape (products,)
-        Positions of a split, how many splits there are, and whether they are several.
-    """
-    length = max(SHORTEST, min(share, int(positions.max(initial=1))))
-    while True:
-        length = -(-length // SHORTEST) * SHORTEST
-        splits = np.maximum(1, -(-positions // length))
-        apart = splits > 1
-        if (splits * sizes)[apart].sum() <= most or not apart.any():
-            return np.full(len(positions), length), splits, apart
-        length *= 2
 
 
 def _stacked(sizes: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -268,12 +242,15 @@ def _launches(items: Tensor, kinds: np.ndarray, tiles: Tiles) -> tuple[Launch, .
     """Cut items, sorted by their kinds (block_m, block_n, shifts, signed), into one launch for each kind."""
     launches, start = [], 0
     for (block_m, block_n, shifts, signed), count in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
-        # Narrow tiles have more operands for each sum, and so more warps.
-        warps = min(tiles.warps, max(1, 2 * tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n)))
-        part = items[start : start + int(count)]
+        part, warps = items[start : start + int(count)], _warps(tiles, int(block_m * block_n))
         launches.append(Launch(int(block_m), int(block_n), int(shifts), bool(signed), warps, part))
         start += int(count)
     return tuple(launches)
+
+
+def _warps(tiles: Tiles, elements: int) -> int:
+    """Warps of a program: narrow tiles have more operands for each sum, and so more of them."""
+    return min(tiles.warps, max(1, 2 * tiles.warps * elements // (tiles.block_m * tiles.block_n)))
 
 
 def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tensor]:
