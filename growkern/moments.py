@@ -192,7 +192,7 @@ def collect(
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
             hooks.enter_context(probe.watching())
-        sums = run.sweep(probes, lambda some, _: measured_together(some))
+        sums = run.sweep(probes, measured_together)
         for name, other in elsewhere.items():
             sums[name]["uniform"] = sums[other]["hh"]
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
@@ -201,7 +201,7 @@ def collect(
         updates = {name: update.mT for name, update in least_squares(pairs).items()}
 
         draws = draws_of(again.values(), null_draws, distributed.rank(group))
-        second = run.sweep(again, lambda some, size: residuals_together(some, updates, draws, size))
+        second = run.sweep(again, lambda some: residuals_together(some, updates, draws))
     for name, own in draws.items():
         second[name] |= own.made()
     return {

@@ -54,15 +54,31 @@ class Passes:
         return measured, held_out
 
     def sweep(
-        self, probes: Mapping[str, Probe], measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]]
+        self, probes: Mapping[str, Probe], measure: Callable[[Sequence[Probe]], Sequence[dict[str, Tensor]]]
     ) -> dict[str, dict[str, Tensor]]:
-        """Run every batch once; return the sums of what `measure(probes, batch size)` gives, by site and name."""
+        """Run every batch once; return the sums of what `measure(probes)` gives, by site and name."""
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
         failure: Exception | None = None
+
+        def add(some: Sequence[Probe]) -> None:
+            totals, values = [], []
+            for each, measured in zip(some, measure(some), strict=True):
+                total = sums[each.site.name]
+                for key, value in measured.items():
+                    if total.setdefault(key, value) is not value:
+                        totals.append(total[key])
+                        values.append(value)
+                each.held.clear()
+            if totals:
+                torch._foreach_add_(totals, values)  # one launch for many
+
         try:
             with same_draws(self.model), fixed_norms(self.model):
                 for number, batch in enumerate(self.batches if probes else ()):
-                    self._measure(number, batch, probes, measure, sums)
+                    self._measure(number, batch, probes, add)
+            for probe in probes.values():
+                if probe.held:
+                    add([probe])
         except Exception as error:  # the other processes of a group wait for this one
             failure = error
         failed = self.total(int(failure is not None))
@@ -108,37 +124,31 @@ class Passes:
         number: int,
         batch: tuple[Any, Any],
         probes: Mapping[str, Probe],
-        measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]],
-        sums: dict[str, dict[str, Tensor]],
+        add: Callable[[Sequence[Probe]], None],
     ) -> None:
         # Every site is measured as soon as the backward pass has reached it, so that what it has seen can go with
-        # the graph, and memory peaks where that of the forward pass does.
+        # the graph, and memory peaks where that of the forward pass does. On a CPU a site that sees few numbers beside
+        # those that it sums up to waits for more batches: to write and add up its sums takes longer then than the sums.
         together: list[Probe] = []
         unreached = set(probes)
 
         def arrived(probe: Probe, gradient: Tensor) -> None:
             unreached.discard(probe.site.name)
             try:
-                probe.receive(gradient, batch_size, seed, self.reduction == "mean")
+                seen = probe.receive(gradient, batch_size, seed, self.reduction == "mean")
             except ValueError as error:
                 raise ValueError(f"site {probe.site.name!r}: {error}") from None
+            if self.device.type == "cpu":
+                if probe.held and not probe.held[0][0].fits(seen):
+                    add([probe])
+                if probe.hold(seen, batch_size):
+                    add([probe])
+                return
+            probe.held.append((seen, batch_size))
             together.append(probe)
-            held = sum(operand.nbytes for each in together for operand in each.operands)
-            if self.device.type == "cpu" or held >= _TOGETHER_BYTES:
-                add()
-
-        def add() -> None:
-            totals, values = [], []
-            for each, measured in zip(together, measure(together, batch_size), strict=True):
-                total = sums[each.site.name]
-                for key, value in measured.items():
-                    if total.setdefault(key, value) is not value:
-                        totals.append(total[key])
-                        values.append(value)
-                each.release()
-            if totals:
-                torch._foreach_add_(totals, values)  # one launch for many
-            together.clear()
+            if sum(seen.numbers * seen.v.itemsize for probe in together for seen, _ in probe.held) >= _TOGETHER_BYTES:
+                add(together)
+                together.clear()
 
         for probe in probes.values():
             probe.forget(functools.partial(arrived, probe))
@@ -154,7 +164,7 @@ class Passes:
             consumer = probes[name].site.consumer
             raise ValueError(f"site {name!r}: no gradient reaches {consumer}; the loss does not use it")
         if together:
-            add()
+            add(together)
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Tensor, int]:
         args, target = to_device(batch, self.device)

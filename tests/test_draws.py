@@ -61,10 +61,10 @@ def test_classes_divide_the_samples_in_order(batches: list[int], run: int) -> No
     draws, count, ends, owners = Draws(32, 2**30, sum(batches), 0), sum(batches), [], []
     for size in batches:
         parts = list(draws.parts(size, run))
-        assert [part.start for _, part, _ in parts] == [0, *(part.stop for _, part, _ in parts[:-1])]
+        assert [part.start for _, part, *_ in parts] == [0, *(part.stop for _, part, *_ in parts[:-1])]
         assert parts[-1][1].stop == size
-        assert all(part.stop % run == 0 for _, part, _ in parts[:-1])
-        for number, part, signs in parts:
+        assert all(part.stop % run == 0 for _, part, *_ in parts[:-1])
+        for number, part, signs, _ in parts:
             assert signs.shape == (1, -(-(part.stop - part.start) // run))
             assert signs.abs().eq(1).all()
             owners.append(number)
