@@ -376,7 +376,7 @@ def _averaged(x: Tensor, window: tuple[int, int]) -> Tensor:
         count = x.shape[dim] - length + 1
         shifted = [x.narrow(dim, shift, count) for shift in range(length)]
         x = functools.reduce(torch.add, shifted)
-    return x / math.prod(window)
+    return x.div_(math.prod(window))
 
 
 def _pooled(pool: Pool, size: tuple[int, int]) -> tuple[int, int]:
