@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from growkern import distributed, storage
 from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, listed
 from growkern.eval_mode import evaluating
-from growkern.passes import Passes
+from growkern.passes import Passes, Recording
 from growkern.probe import LossFn, Probe, draws_of, measured_together, residuals_together, share_uniform
 from growkern.sites import GrowthSite
 from growkern.whitening import least_squares
@@ -189,19 +189,19 @@ def collect(
     if not probes:
         raise ValueError("sites: expected at least one growth site, got none")
     elsewhere = share_uniform(probes.values())
+    again = {name: probe for name, probe in probes.items() if null_draws or probe.kernel == "full"}
+    recording = Recording({name: probe.entries * (4 + min(null_draws, 8)) for name, probe in again.items()})
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
             hooks.enter_context(probe.watching())
-        sums = run.sweep(probes, measured_together)
+        sums = run.sweep(probes, measured_together, recording)
         for name, other in elsewhere.items():
             sums[name]["uniform"] = sums[other]["hh"]
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
-        again = {name: probe for name, probe in probes.items() if null_draws or probe.kernel == "full"}
         pairs = {name: (sums[name]["hh"], sums[name]["hv"]) for name in again}  # of sums as of means
         updates = {name: update.mT for name, update in least_squares(pairs).items()}
-
         draws = draws_of(again.values(), null_draws, distributed.rank(group))
-        second = run.sweep(again, lambda some: residuals_together(some, updates, draws))
+        second = run.sweep(again, lambda some: residuals_together(some, updates, draws), recording)
     for name, own in draws.items():
         second[name] |= own.made()
     return {

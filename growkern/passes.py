@@ -14,10 +14,44 @@ from torch import Tensor, nn
 from growkern import distributed
 from growkern.arguments import check_trained, listed
 from growkern.eval_mode import evaluating, fixed_norms, same_draws
-from growkern.probe import LossFn, Probe
+from growkern.probe import LossFn, Probe, Seen
 from growkern.sites import GrowthSite, logger, resolve, survey
 
 _TOGETHER_BYTES = 64 * 2**20  # of x, h and v that sites measured in one go may hold on a GPU
+
+
+class Recording:
+    """What sites see in a pass, for another one over the same batches, as long as there is room for it.
+
+    Parameters
+    ----------
+    room : mapping of str to int
+        Numbers that may be held, by name of the sites that the other pass is for.
+    """
+
+    def __init__(self, room: Mapping[str, int]) -> None:
+        self._room = sum(room.values())
+        self._seen: dict[str, list[tuple[Seen, int, list[int]]]] = {name: [] for name in room}
+
+    def add(self, name: str, seen: Seen, batch_size: int) -> None:
+        """Hold what a site has seen of a batch, or let go of everything."""
+        self._room -= seen.numbers if name in self._seen else 0
+        if self._room < 0:
+            self._seen.clear()
+        if name in self._seen:
+            self._seen[name].append((seen, batch_size, [each._version for each in seen[:4]]))
+
+    def holds(self, sites: Iterable[str], batches: int) -> bool:
+        """Whether it is all there, for so many batches, and no model has written to it."""
+        found = [self._seen.get(name, []) for name in sites]
+        intact = all([each._version for each in seen[:4]] == versions for all_ in found for seen, _, versions in all_)
+        return intact and all(len(all_) == batches for all_ in found)
+
+    def taken(self) -> Iterator[tuple[str, list[tuple[Seen, int]]]]:
+        """Let go of it site by site, those first that hold most, before their sums need memory."""
+        size = {name: sum(seen.numbers for seen, *_ in all_) for name, all_ in self._seen.items()}
+        for name in sorted(size, key=lambda name: -size[name]):
+            yield name, [(seen, batch_size) for seen, batch_size, _ in self._seen.pop(name)]
 
 
 class Passes:
@@ -54,9 +88,32 @@ class Passes:
         return measured, held_out
 
     def sweep(
-        self, probes: Mapping[str, Probe], measure: Callable[[Sequence[Probe]], Sequence[dict[str, Tensor]]]
+        self,
+        probes: Mapping[str, Probe],
+        measure: Callable[[Sequence[Probe]], Sequence[dict[str, Tensor]]],
+        recording: Recording,
     ) -> dict[str, dict[str, Tensor]]:
-        """Run every batch once; return the sums of what `measure(probes)` gives, by site and name."""
+        """Run every batch once, or take it from a recording that holds it; sum up what `measure(probes)` gives.
+
+        Parameters
+        ----------
+        probes : mapping of str to Probe
+            By name of the site.
+        measure : callable
+            Gives what is to be added up, by name, for each of some probes.
+        recording : Recording
+            Of the pass before, or for the next one.
+
+        Returns
+        -------
+        dict of str to dict
+            The sums, by site and name.
+
+        Raises
+        ------
+        ValueError
+            For sums, a loss or batches that cannot be used, in any process.
+        """
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
         failure: Exception | None = None
 
@@ -72,10 +129,23 @@ class Passes:
             if totals:
                 torch._foreach_add_(totals, values)  # one launch for many
 
+        def take(probe: Probe, seen: Seen, batch_size: int) -> None:
+            # A site that sees few numbers beside those that it sums up to waits for more batches: to write and add up
+            # its sums takes longer than to make them.
+            if probe.held and not probe.held[0][0].fits(seen):
+                add([probe])
+            if probe.hold(seen, batch_size):
+                add([probe])
+
         try:
-            with same_draws(self.model), fixed_norms(self.model):
-                for number, batch in enumerate(self.batches if probes else ()):
-                    self._measure(number, batch, probes, add)
+            if recording.holds(probes, len(self.batches)):
+                for name, all_of_it in recording.taken():
+                    for seen, batch_size in all_of_it:
+                        take(probes[name], seen, batch_size)
+            else:
+                with same_draws(self.model), fixed_norms(self.model):
+                    for number, batch in enumerate(self.batches):
+                        self._measure(number, batch, probes, add, take, recording)
             for probe in probes.values():
                 if probe.held:
                     add([probe])
@@ -125,10 +195,11 @@ class Passes:
         batch: tuple[Any, Any],
         probes: Mapping[str, Probe],
         add: Callable[[Sequence[Probe]], None],
+        take: Callable[[Probe, Seen, int], None],
+        recording: Recording,
     ) -> None:
         # Every site is measured as soon as the backward pass has reached it, so that what it has seen can go with
-        # the graph, and memory peaks where that of the forward pass does. On a CPU a site that sees few numbers beside
-        # those that it sums up to waits for more batches: to write and add up its sums takes longer then than the sums.
+        # the graph, and memory peaks where that of the forward pass does.
         together: list[Probe] = []
         unreached = set(probes)
 
@@ -139,10 +210,8 @@ class Passes:
             except ValueError as error:
                 raise ValueError(f"site {probe.site.name!r}: {error}") from None
             if self.device.type == "cpu":
-                if probe.held and not probe.held[0][0].fits(seen):
-                    add([probe])
-                if probe.hold(seen, batch_size):
-                    add([probe])
+                recording.add(probe.site.name, seen, batch_size)
+                take(probe, seen, batch_size)
                 return
             probe.held.append((seen, batch_size))
             together.append(probe)
