@@ -12,7 +12,7 @@ from torch import Tensor
 
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
-_WIDE, _LEAST = 2**21, 8  # entries of N from which on draws are half as many, but for so many
+_WIDE, LEAST_DRAWS = 2**21, 8  # entries of N from which on draws are half as many, but for so many
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
 _FEW = 2**22  # entries of N, for each row: to sum them up under some more signs takes less than some more calls
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
@@ -65,7 +65,7 @@ class Draws:
 
     def __init__(self, draws: int, entries: int, count: int, seed: int) -> None:
         """Prepare for draws of N, which has so many entries, from `count` rows, or images, that come in batches."""
-        self._draws = min(draws, max(draws // 2, _LEAST)) if entries > _WIDE else draws
+        self._draws = min(draws, max(draws // 2, LEAST_DRAWS)) if entries > _WIDE else draws
         self._entries = entries
         self._count, self._begun = count, 0
         self.classes = 1 << (self._draws - 1).bit_length()

@@ -143,9 +143,9 @@ def collect(
 ) -> dict[str, Moments]:
     """Measure the moments of sites by hooks on ordinary forward and backward passes.
 
-    The model runs in evaluation mode; parameters, their gradients, buffers, modes and random number generators
-    are left as they were. A second pass over the same batches, with the best update dW* of the first one known,
-    measures N for ``kernel="full"`` and the draws of what chance alone produces (TINY, section 3).
+    The model runs in evaluation mode and is left as it was, random number generators too. A second pass over the
+    batches, with dW* of the first one known, measures N for ``kernel="full"`` and draws of chance (TINY, section 3); on
+    a CPU it reads what the first one has seen, if that is no larger than the moments.
 
     Parameters
     ----------
@@ -190,7 +190,7 @@ def collect(
         raise ValueError("sites: expected at least one growth site, got none")
     elsewhere = share_uniform(probes.values())
     again = {name: probe for name, probe in probes.items() if null_draws or probe.kernel == "full"}
-    recording = Recording({name: probe.entries * (4 + min(null_draws, 8)) for name, probe in again.items()})
+    recording = Recording(again.values(), null_draws)
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
             hooks.enter_context(probe.watching())

@@ -13,25 +13,30 @@ from torch import Tensor, nn
 
 from growkern import distributed
 from growkern.arguments import check_trained, listed
+from growkern.draws import LEAST_DRAWS
 from growkern.eval_mode import evaluating, fixed_norms, same_draws
 from growkern.probe import LossFn, Probe, Seen
 from growkern.sites import GrowthSite, logger, resolve, survey
 
+_SUMS = 4  # besides draws, in sizes of N: xx, xv, hh and N, about
 _TOGETHER_BYTES = 64 * 2**20  # of x, h and v that sites measured in one go may hold on a GPU
 
 
 class Recording:
-    """What sites see in a pass, for another one over the same batches, as long as there is room for it.
+    """What sites see in a pass, for another one over the same batches, if it is no larger than what is measured.
 
     Parameters
     ----------
-    room : mapping of str to int
-        Numbers that may be held, by name of the sites that the other pass is for.
+    probes : iterable of Probe
+        Of the sites that the other pass is for.
+    draws : int
+        How many of chance are to be made of each.
     """
 
-    def __init__(self, room: Mapping[str, int]) -> None:
-        self._room = sum(room.values())
-        self._seen: dict[str, list[tuple[Seen, int, list[int]]]] = {name: [] for name in room}
+    def __init__(self, probes: Iterable[Probe], draws: int) -> None:
+        entries = {probe.site.name: probe.entries for probe in probes}
+        self._room = sum(entries.values()) * (_SUMS + min(draws, LEAST_DRAWS))
+        self._seen: dict[str, list[tuple[Seen, int, list[int]]]] = {name: [] for name in entries}
 
     def add(self, name: str, seen: Seen, batch_size: int) -> None:
         """Hold what a site has seen of a batch, or let go of everything."""
