@@ -66,4 +66,5 @@ def test_decompositions(case: Case, dtype: torch.dtype, race: Race, device: str)
         operations=work.operations(case),
         nbytes=work.nbytes([a], call()),
         ceiling=ceiling_of(dtype, "ieee"),
+        ahead=True,
     )

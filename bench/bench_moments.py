@@ -68,6 +68,7 @@ def measure(case: Case, dtype: torch.dtype, name: str, race: Race, device: str, 
             nbytes=work.nbytes(args, named, expected if dtype == torch.float64 else [t.float() for t in expected]),
             ceiling=ceiling_of(torch.float32 if half and device == "cpu" else dtype, name),
             left_out=left_out,
+            ahead=True,
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2 holds
+CYCLES = 2e9  # of a GPU in a second, or fewer
 
 _measured = 0.0
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # of glibc
@@ -23,6 +24,8 @@ def measured() -> float:
 class Clock:
     """On a GPU CUDA events with a cold L2; on a CPU wall time, with caches as the call before left them.
 
+    A GPU can be made to wait, so that the host is ahead of it when a call begins and launches cost nothing.
+
     On one thread of a CPU it is the processor's time, to which other work on the machine matters little.
     """
 
@@ -31,11 +34,12 @@ class Clock:
         self.now = time.process_time if not self.cuda and torch.get_num_threads() == 1 else time.perf_counter
         self.flushed = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Time of one call, until the device is done with it."""
+    def seconds(self, run: Callable[[], object], lead: float = 0.0) -> float:
+        """Time of one call, until the device is done with it; a GPU waits for `lead` seconds before it begins."""
         global _measured
         self.flushed.zero_()
         if self.cuda:
+            torch.cuda._sleep(int(lead * CYCLES))
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             run()
@@ -48,6 +52,24 @@ class Clock:
             took = self.now() - start
         _measured += took
         return took
+
+    def host(self, run: Callable[[], object]) -> float:
+        """Time until a call returns, whether the device is done with it or not."""
+        torch.cuda.synchronize()
+        start = self.now()
+        run()
+        took = self.now() - start
+        torch.cuda.synchronize()
+        return took
+
+    def is_lost(self) -> bool:
+        """Whether the GPU gave up on this process, as after a wrong address: nothing more can be measured in it."""
+        try:
+            if self.cuda:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
     def memory(self, run: Callable[[], object]) -> tuple[object, int]:
         """What a call returns, and the most bytes beyond those held before it, its results among them."""

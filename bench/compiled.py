@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from growkern.ops.jacobi import _triton as _decompose
 from growkern.ops.jacobi import triton as decomposers
@@ -49,7 +49,6 @@ MULTIPLYING = ("correlate", "combine", "subtract", "subtract_group")
 POINTERS = {"eigh": 3, "svd": 4}  # arguments that are tensors
 SIDES = (16, 32, 64)
 ROWS_PER_SIGN = 64
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -71,43 +70,54 @@ def recorded(launches: list[Launch]) -> Iterator[None]:
         yield
 
 
-def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton would compile for a launch: types, multiples of 16 and ones among the arguments."""
+class Elsewhere:
+    """What Triton asks the driver of a GPU before it compiles, for one that need not be here."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def built(launch: Launch) -> Any:
+    """Compile for the driver in force what a launch would run, into the same place of Triton's cache."""
     kernel, arguments, named = launch
-    signature: dict[str, str] = {}
-    constants = {name: value for name, value in named.items() if name not in OPTIONS}
-    aligned = {}
-    for position, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
-        name, special = parameter.name, not parameter.do_not_specialize
+    return kernel.warmup(*arguments, grid=(1,), **named)
+
+
+def kind(launch: Launch) -> tuple[Any, ...]:
+    """What tells kernels apart: types, and of numbers what Triton specialises for."""
+    kernel, arguments, named = launch
+
+    def of(parameter: Any, value: Any) -> Any:
         if isinstance(value, Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            aligned[position,] = [["tt.divisibility", 16]]
-        elif value == 1 and special:
-            signature[name] = "constexpr"
-            constants[name] = 1
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and special:
-                aligned[position,] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(named.keys() - set(OPTIONS), "constexpr")
-    signature = {name: signature[name] for name in kernel.arg_names}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned), {
-        name: value for name, value in named.items() if name in OPTIONS
-    }
+            return value.dtype
+        special = not parameter.do_not_specialize
+        return abs(value) >= 2**31, special and value == 1, special and value % 16 == 0
+
+    facts = (of(*each) for each in zip(kernel.params, arguments, strict=False))
+    return kernel.__name__, *facts, *((name, str(value)) for name, value in named.items())
 
 
-def resources(target: str, compiled: Any) -> tuple[int, int]:
+def resources(target: str, done: Any) -> tuple[int, int]:
     """Registers per thread, and bytes or registers that were spilled to memory."""
     if target.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
+        text = done.asm["amdgcn"]
         found = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
         return found["vgpr_count"], found["vgpr_spill_count"]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(done.asm["cubin"])
         file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout).groups())
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told.stdout).groups())
     return registers, stack + local
 
 
@@ -154,20 +164,20 @@ def decompositions() -> Iterator[tuple[str, Launch]]:
 
 
 def measure(launch: Launch, target: str) -> dict[str, Any]:
-    src, options = source(launch)
+    kernel, arguments, named = launch
     if target.startswith("gfx"):
-        options.pop("maxnreg", None)
-    compiled = triton.compile(src, target=TARGETS[target], options=options)
-    registers, spilled = resources(target, compiled)
-    text = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
+        named = {name: value for name, value in named.items() if name != "maxnreg"}
+    done = built((kernel, arguments, named))
+    registers, spilled = resources(target, done)
+    text = done.asm["amdgcn" if target.startswith("gfx") else "ptx"]
     row = {
-        "kernel": launch[0].__name__.removesuffix("_kernel"),
+        "kernel": kernel.__name__.removesuffix("_kernel"),
         "target": target,
-        **{name: str(value).removeprefix("triton.language.") for name, value in launch[2].items()},
-        "dtypes": " ".join(dict.fromkeys(kind for kind in src.signature.values() if kind.startswith("*"))),
+        **{name: str(value).removeprefix("triton.language.") for name, value in named.items()},
+        "dtypes": " ".join(dict.fromkeys(f"*{TYPES[each.dtype]}" for each in arguments if isinstance(each, Tensor))),
         "registers": registers,
         "spilled": spilled,
-        "shared": compiled.metadata.shared,
+        "shared": done.metadata.shared,
         "matrix instructions": len(re.findall(MATRIX[target], text)),
     }
     assert not spilled, row
@@ -196,11 +206,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of cases")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     chosen = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for target in chosen.targets:
+        driver.set_active(Elsewhere(TARGETS[target]))
         for launch in chosen_launches(chosen.only, target):
-            src, options = source(launch)
-            key = f"{launch[0].__name__} {src.signature} {src.constants} {src.attrs} {options} {target}"
+            key = *kind(launch), target
             if key not in rows:
                 rows[key] = measure(launch, target)
                 print(*rows[key].values(), flush=True)

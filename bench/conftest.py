@@ -1,6 +1,7 @@
 """The suite's options and fixtures, and which rows run: the main ones first, then the others while there is time."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from machine import folder, run_record
 from race import Race
 
 # Seconds for the times of one row, of which a later one gets a part, and most rounds of it; a GPU is quick.
-BUDGET, LATER, ROUNDS = {"cpu": 6.0, "cuda": 1.0}, 0.25, {"cpu": 15, "cuda": 25}
+BUDGET, LATER, ROUNDS = {"cpu": 6.0, "cuda": 0.6}, 0.25, {"cpu": 15, "cuda": 25}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, help="seconds for the times of one row")
     group.addoption("--rounds", type=int, help="most rounds of a row")
     group.addoption("--seconds", type=float, default=float("inf"), help="start no row after this time")
+    group.addoption("--resume", action="store_true", help="leave out the rows that the results hold")
     group.addoption("--patience", action="store_true", help="wait for others' ways that take minutes a call, once each")
     group.addoption("--results", type=Path, default=results.RESULTS, help="where a folder of this machine is written")
 
@@ -31,9 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "later(rank): a row that is measured after the main ones, lower ranks first")
     config.addinivalue_line("filterwarnings", "default")  # a warning must not cost a row
     config.stash[START] = time.monotonic()
+    option = config.option
+    found = {row.get("test") for row in results.rows_below(option.results)} if option.resume else set()
+    config.stash[FOUND] = found
 
 
 START = pytest.StashKey[float]()
+FOUND = pytest.StashKey[set[str]]()  # names of the tests whose rows are there
+LOST = 70  # exit status after which a new process can go on, with --resume
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,6 +65,8 @@ def rank(item: pytest.Item) -> int:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.monotonic() - item.config.stash[START] > item.config.option.seconds:
         pytest.skip("no time left")
+    if item.name in item.config.stash[FOUND]:
+        pytest.skip("its row is there")
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +102,7 @@ def race(benchmark: Any, request: pytest.FixtureRequest, device: str, clock: Clo
         with capture.global_and_fixture_disabled():
             terminal.ensure_newline()
             terminal.write_line(told(row))
+        row = {**row, "test": request.node.name}
         results.store(option.results / folder(run["hardware"]) / f"{part}.json", run, row)
 
     rounds, budget = option.rounds or ROUNDS[device], option.budget or BUDGET[device]
@@ -115,6 +125,13 @@ def told(row: dict[str, Any]) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _lost(clock: Clock) -> Iterator[None]:
+    yield
+    if clock.is_lost():
+        pytest.exit("the GPU gave up on this process", LOST)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

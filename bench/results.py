@@ -39,6 +39,12 @@ def rows(where: Path) -> Iterator[Row]:
         yield from read(path)["rows"]
 
 
+def rows_below(where: Path) -> Iterator[Row]:
+    """All rows of all machines in a folder."""
+    for path in sorted(where.glob("*/*.json")):
+        yield from read(path).get("rows", [])
+
+
 def machines() -> list[Path]:
     """Folders of machines on which the suite ran."""
     files = (path for path in sorted(RESULTS.glob("*/*.json")) if "runs" in read(path))

@@ -41,8 +41,8 @@ class Case(ABC):
         return getattr(ops, self.op)
 
     def arguments(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Call:
-        """Positional and keyword arguments, drawn on the CPU so that they are the same on every device."""
-        positional, named = self._draw(_Source(dtype, seed, self.layout, device))
+        """Positional and keyword arguments, drawn on the CPU for tests, so that they are the same on every device."""
+        positional, named = self._draw(_Source(dtype, seed, self.layout, device, small=self.size == "test"))
         return tuple(positional), named
 
     @abstractmethod
@@ -126,12 +126,14 @@ class MatrixCase(Case):
 
 
 class _Source:
-    def __init__(self, dtype: torch.dtype, seed: int, layout: str, device: str) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, dtype: torch.dtype, seed: int, layout: str, device: str, small: bool) -> None:
         self.dtype, self.layout, self.device = dtype, layout, device
+        # A CPU would draw for seconds what is large, and what has no memory needs no values.
+        self.place = "cpu" if small and device != "meta" else device
+        self.generator = None if self.place == "meta" else torch.Generator(self.place).manual_seed(seed)
 
     def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64, device=self.place)
 
     def normal(self, *shape: int) -> Tensor:
         """Activations and their gradients, with a mean that a bias would see."""
@@ -161,7 +163,7 @@ class _Source:
             "repeated": torch.arange(k).div(3, rounding_mode="floor").double() + 1,
             "rank one": torch.eye(1, k, dtype=torch.float64)[0] if k else self._randn(0),
             "zero": torch.zeros(k, dtype=torch.float64),
-        }[values]
+        }[values].to(self.place)
         product = (u * s[..., None, :]) @ (u if symmetric else v).mT * scale
         if symmetric:
             product = (product + product.mT) / 2

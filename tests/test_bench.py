@@ -116,6 +116,25 @@ def test_nothing_is_timed_beside_a_wrong_first_way(bench: Callable[[str], Module
     assert not any("ms" in way for way in stored[0]["ways"])
 
 
+def test_ways_after_the_one_that_lost_the_gpu_are_not_blamed(
+    bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    race, clock = bench("race"), bench("clock")
+    stored: list[dict[str, Any]] = []
+    timer = clock.Clock("cpu")
+    measured = race.Race(Rounds(), timer, CEILINGS, stored.append, 3, 0.1)
+
+    def breaks() -> float:
+        monkeypatch.setattr(timer, "is_lost", lambda: True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    ways = [race.Way("fine", "growkern", lambda: 1.0, 2.0), race.Way("breaks", "growkern", breaks, 2.0)]
+    ways.append(race.Way("naive", "users", lambda: 1.0, 2.0))
+    with pytest.raises(pytest.fail.Exception, match="breaks: RuntimeError: an illegal"):
+        measured(dict(DESCRIBED), ways, abs)
+    assert [way.get("failed", "")[:12] for way in stored[0]["ways"]] == ["", "RuntimeError", ""]
+
+
 def measured_row(case: str, ms: float, others: float, kind: str = "users") -> dict[str, Any]:
     times = {"low": 0.98 * ms, "high": 1.02 * ms, "ms": ms}
     ratio = [others / ms, 0.98 * others / ms, 1.02 * others / ms]

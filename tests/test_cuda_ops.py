@@ -131,6 +131,7 @@ def test_the_current_stream_is_used(case, backend):
 @pytest.mark.parametrize(
     ("case", "backend"), [(case, backend) for case in SAMPLES for backend in on_gpu(case.op)], ids=str
 )
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_nothing_waits_for_the_device(case, backend):
     args, named = case.arguments(torch.float32, device="cuda")
     run(case, args, named, backend)  # tables and compiled kernels are made the first time
@@ -156,10 +157,11 @@ def test_tensors_on_another_device(case, backend):
 
 
 @pytest.mark.parametrize("backend", on_gpu("linear_moments"))
-def test_elements_beyond_two_to_the_31(backend):
+@pytest.mark.parametrize("columns", [5, 8])  # rows that are copied, and rows that are read where they lie
+def test_elements_beyond_two_to_the_31(backend, columns):
     far = 2**30 + 40
-    x = torch.empty(2 * far + 5, dtype=torch.bfloat16, device="cuda").as_strided((3, 5), (far, 1))
-    x.copy_(torch.arange(15).view(3, 5))
+    x = torch.empty(2 * far + columns, dtype=torch.bfloat16, device="cuda").as_strided((3, columns), (far, 1))
+    x.copy_(torch.arange(3 * columns).view(3, columns))
     with use_backend(backend):
         out = ops.linear_moments(x, x, x)
     assert all(torch.equal(each.double(), x.double().T @ x.double()) for each in out)

@@ -1,6 +1,7 @@
 """The plan of the GPU kernels, carried out by einsum, against the reference; and what it saves."""
 
 import collections
+import heapq
 import math
 import types
 
@@ -16,6 +17,7 @@ from growkern.ops.moments import Call, Residual, gpu, group, triton
 from growkern.ops.moments.plan import ONES, Piece, Plan, Product, conv2d_plan, linear_plan
 from growkern.ops.moments.rows import is_far, read_by
 from growkern.ops.moments.schedule import Tiles, bucket, schedule
+from growkern.ops.moments.tiles import choose
 
 
 def carried_out(plan: Plan, maps: list[Tensor]) -> list[Tensor]:
@@ -165,6 +167,24 @@ def test_a_batch_a_little_longer_makes_no_tables_anew():
             before = schedule.cache_info().misses
             run()
             assert schedule.cache_info().misses == before + made
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "half"])
+@pytest.mark.parametrize(("channels", "side", "images"), [(16, 32, 256), (64, 32, 128), (128, 16, 128), (256, 8, 128)])
+def test_launches_end_on_all_multiprocessors_at_about_the_same_time(channels, side, images, precision):
+    """Programs go to places on 132 multiprocessors as these become free, in the order of the table."""
+    same = ConvGeometry(3, 1, 1)
+    plan = conv2d_plan((channels,) * 3, ((side, side),) * 3, same, same, True, True, True)
+    tiles = choose(("", "capability 9"), "map", precision, channels)
+    table = schedule((plan,), (images,), 1, None, tiles, 132, 2**40, torch.device("cpu"))
+    for launch in table.launches:
+        number, _, _, split = launch.items.long().T
+        length = table.products[number, 6]
+        positions = torch.minimum(length, images * table.products[number, 4] - split * length)
+        busy = [0] * (132 * tiles.programs * tiles.warps // launch.warps)
+        for taken in positions.tolist():
+            heapq.heapreplace(busy, busy[0] + taken)
+        assert sum(busy) >= 0.85 * max(busy) * len(busy)
 
 
 def test_partial_sums_stay_within_their_share_of_memory():

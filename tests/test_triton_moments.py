@@ -10,7 +10,7 @@ from processes import HAS_TRITON, needs_interpreter, python
 
 from growkern.backend import INTERPRETED, use_backend
 from growkern.ops import ConvGeometry
-from growkern.ops.moments import Call, Residual, gpu, grouped_moments, grouped_residuals, schedule
+from growkern.ops.moments import Call, Residual, gpu, grouped_moments, grouped_residuals, schedule, turns
 from growkern.ops.moments.schedule import Tiles
 
 OPS = ("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
@@ -44,6 +44,32 @@ def test_the_kernels_compile_without_spills_and_with_matrix_instructions():
     assert kernels == {(k, t) for k in names for t in targets}
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_kernels_compiled_ahead_are_those_that_are_launched(tmp_path):
+    """A launch of the same case finds all of them in the cache."""
+    ahead = """
+import sys
+sys.path[:0] = ["bench", "tests"]
+import compiled, torch, triton, warm
+triton.runtime.driver.set_active(compiled.Elsewhere(compiled.TARGETS["sm_90"]))
+torch.cuda.get_device_capability = lambda: (9, 0)
+warm.tiles.gpu_of = lambda device: ("", "capability 9")
+(case,) = [case for case in warm.cases("linear_moments") if case.name == "no bias"]
+launched = warm.partial(compiled.launched, case, torch.bfloat16, "ieee")
+warm._tasks[:] = [launched, next(warm.of_tuning([16]))]
+found = [warm.run(number) for number in (0, 1)]
+assert all(kinds and not failed for kinds, failed in found), found
+def compiled_again(*given, **named):
+    raise AssertionError("not in the cache")
+triton.backends.nvidia.compiler.CUDABackend.make_ttir = compiled_again
+for launch in launched("sm_90"):
+    launch[0].device_caches.clear()
+    compiled.built(launch)
+print("none")
+"""
+    assert python("-c", ahead, TRITON_CACHE_DIR=str(tmp_path)) == "none\n"
+
+
 # Inside the interpreter.
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="only in the interpreter, in a process of its own")
@@ -66,7 +92,7 @@ def expected(case):
 def many_splits(monkeypatch):
     """Splits of 32 positions at least, as many as 50 programs call for."""
     schedule.schedule.cache_clear()
-    monkeypatch.setattr(schedule, "SHORTEST", 32)
+    monkeypatch.setattr(turns, "SHORTEST", 32)
     monkeypatch.setattr(gpu, "processors_of", lambda device: 50)
     yield
     schedule.schedule.cache_clear()

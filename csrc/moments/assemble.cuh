@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "table.cuh"
 #include "tile.cuh"
 
 namespace growkern {
@@ -105,9 +106,7 @@ struct Assembly {
 
 // One tile of a region of a result, for draw blockIdx.y: every element is a weighted sum over the terms of its taps.
 __device__ inline void assemble_block(const Assembly& task) {
-  int number = 0;
-  while (number + 1 < task.count && task.regions[number + 1].first_program <= blockIdx.x) ++number;
-  const Region& region = task.regions[number];
+  const Region& region = row_of(task.regions, task.count);
   const int rows = region.rows, columns = region.columns, u_taps = region.u_taps, v_taps = region.v_taps;
   const int tile = static_cast<int>(blockIdx.x - region.first_program);
   const int across = (columns + task.tile_columns - 1) / task.tile_columns;

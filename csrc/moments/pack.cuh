@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "table.cuh"
+
 namespace growkern {
 
 constexpr int kPackThreads = 256;
@@ -13,14 +15,6 @@ struct Copy {
   int64_t first_program, source, target, pixels, channels, pitch, area, width;
   int64_t image_step, channel_step, row_step, column_step;
 };
-
-// The row that this block belongs to.
-template <class Row>
-__device__ const Row& row_of(const Row* rows, int count) {
-  int number = 0;
-  while (number + 1 < count && rows[number + 1].first_program <= blockIdx.x) ++number;
-  return rows[number];
-}
 
 // Reads along pixels, writes along channels. From, To: of an element, or words of its size.
 template <class From, class To>

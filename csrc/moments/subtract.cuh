@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "pack.cuh"
+#include "table.cuh"
 #include "tile.cuh"
 
 namespace growkern {

@@ -1,4 +1,4 @@
-"""Batched decompositions by Triton: one program per matrix of at most 64 rows or columns, torch.linalg beyond."""
+"""Batched decompositions by Triton: one program per matrix of at most 64 columns; for more, the next best."""
 
 from typing import Any
 
@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from growkern.backend import register
+from growkern.ops import native
 from growkern.ops.jacobi import reference
+
+HAS_CUDA = native.load("cuda")
+if HAS_CUDA:
+    from growkern.ops.jacobi import cuda
 
 LARGEST = 64  # columns that fit into the registers of one program
 TALLEST = 64  # rows beside them; taller matrices are factored first
@@ -40,12 +45,17 @@ def _resources(entries: int) -> dict[str, int]:
     return {"num_warps": warps} | ({} if torch.version.hip else {"maxnreg": 255})
 
 
+def _beyond(a: Tensor) -> Any:
+    """Choose what takes the matrices that do not fit: kernels that hold larger ones, or torch.linalg, one by one."""
+    return cuda if HAS_CUDA and a.is_cuda else reference
+
+
 @register("eigh", "triton")
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors; NaN where a matrix has none to find."""
     n = a.shape[-1]
     if not a.numel() or n > LARGEST:
-        return reference.eigh(a)
+        return _beyond(a).eigh(a)
     from growkern.ops.jacobi._triton import eigh_kernel
 
     a = a.contiguous()
@@ -60,7 +70,7 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Reduced singular value decomposition; NaN where a matrix has none to find."""
     *batch, m, n = a.shape
     if not a.numel() or min(m, n) > LARGEST:
-        return reference.svd(a)
+        return _beyond(a).svd(a)
     if m < n:
         u, s, vh = svd(a.mT)
         return vh.mT.contiguous(), s, u.mT.contiguous()

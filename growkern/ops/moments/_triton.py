@@ -39,6 +39,19 @@ def _columns(pointer, pixel, pitch, channel, channels, valid):
 
 
 @triton.jit
+def _row_of(table, count, program, FIELDS: tl.constexpr):
+    """Find the row of a table that a program belongs to: the last one whose first program is not after it."""
+    row, after = 0, count
+    while after - row > 1:
+        middle = (row + after) // 2
+        if tl.load(table + middle * FIELDS) <= program:
+            row = middle
+        else:
+            after = middle
+    return table + row * FIELDS
+
+
+@triton.jit
 def _source(table, like, ALIGN: tl.constexpr):
     """Read where a source lies, its pitch, its channels and how many images it has."""
     pointer = tl.multiple_of(tl.load(table).to(like.dtype), 16 if ALIGN > 1 else 1)
@@ -195,10 +208,7 @@ def assemble_kernel(
 ):  # fmt: skip
     """One tile of a region of a result: every element is a weighted sum over the terms of its pair of taps."""
     program, draw = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    region = regions
-    for number in range(1, count):
-        candidate = regions + number * FIELDS
-        region = tl.where(tl.load(candidate) <= program, candidate, region)
+    region = _row_of(regions, count, program, FIELDS)
     tile = program - tl.load(region)
     result, corner, pitch = tl.load(region + 1), tl.load(region + 2), tl.load(region + 3)
     height, u_taps = tl.load(region + 4), tl.load(region + 5)
@@ -249,11 +259,11 @@ def _result(index, out0, out1, out2, out3, out4, out5):
 @triton.jit(do_not_specialize=("count",))
 def pack_kernel(
     copies, count, source_like, target_like,
-    FIELDS: tl.constexpr, COUNT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    FIELDS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Copy one tile of some map to rows of channels, zeros up to whole 16 bytes; types are those of two anchors."""
     program = tl.program_id(0)
-    copy = _row_of(copies, count, program, FIELDS, COUNT)
+    copy = _row_of(copies, count, program, FIELDS)
     tile = program - tl.load(copy)
     source, target = tl.load(copy + 1).to(source_like.dtype), tl.load(copy + 2).to(target_like.dtype)
     pixels, channels, pitch = tl.load(copy + 3), tl.load(copy + 4), tl.load(copy + 5)
@@ -268,14 +278,6 @@ def pack_kernel(
     inside = (pixel < pixels)[:, None] & (channel < pitch)[None, :]
     values = tl.trans(values.to(target_like.dtype.element_ty))
     tl.store(target + pixel[:, None] * pitch + channel[None, :], values, mask=inside)
-
-
-@triton.jit
-def _row_of(table, count, program, FIELDS: tl.constexpr, COUNT: tl.constexpr):
-    """Find the row of a table that a program belongs to: the last one whose first program is not after it."""
-    every = tl.arange(0, COUNT)
-    firsts = tl.load(table + every * FIELDS, mask=every < count, other=2**31 - 1)
-    return table + (tl.sum((firsts <= program).to(tl.int32)) - 1) * FIELDS
 
 
 @triton.jit(do_not_specialize=SUBTRACT_SIZES)
@@ -298,12 +300,12 @@ def subtract_kernel(
 @triton.jit(do_not_specialize=("count",))
 def subtract_group_kernel(
     table, count, like, out_like,
-    FIELDS: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    FIELDS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Do the same for several sites, whose arguments are rows of a table after their first program."""
     program = tl.program_id(0)
-    row = _row_of(table, count, program, FIELDS, COUNT)
+    row = _row_of(table, count, program, FIELDS)
     whole: tl.constexpr = 16 if ALIGN > 1 else 1
     h = tl.multiple_of(tl.load(row + 1).to(like.dtype), whole)
     v = tl.multiple_of(tl.load(row + 3).to(like.dtype), whole)

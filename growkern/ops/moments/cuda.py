@@ -24,7 +24,7 @@ native = torch.ops.growkern_cuda
 def tiles(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
     """Choose the tiles by the widest source."""
     block = _block(max(plan.channels))
-    return Tiles(block, block, 32)
+    return Tiles(block, block, 32, programs={16: 14, 32: 6, 64: 3}[block])
 
 
 def correlate(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from growkern.ops.moments.plan import ONES, Piece, Plan, Product
+from growkern.ops.moments.turns import lengths_of
 
 FIELDS = 22  # of a product
 REGION_FIELDS = 11
-SHORTEST = 256  # positions that one program should sum at least
 SUM_BLOCK = 1024  # elements of one program that adds up splits
 COMBINE_BLOCK, COMBINE_DRAWS = 128, 32  # elements and draws of one that adds up runs under signs
 ASSEMBLE_ROWS, ASSEMBLE_COLUMNS = 16, 128  # tile of a program that assembles results
@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
     block_k: int
     warps: int = 4
     stages: int = 3
-    programs: int = 8  # to aim for on each multiprocessor
+    programs: int = 3  # that a multiprocessor holds at a time
     shifts: int = 1  # of v along rows that a program multiplies with one tile of u, where there are as many
 
 
@@ -158,17 +158,13 @@ def schedule(
         splits = -(-positions // np.maximum(1, lengths))
         apart = np.ones(count, bool)
     else:
-        work = sum(len(each) * k for each, k in zip(grid, positions, strict=True)) * draws
-        length = max(SHORTEST, -(-work // max(1, processors * tiles.programs)))
-        length = min(length, max(SHORTEST, int(positions.max(initial=1))))
-        while True:
-            length = -(-length // SHORTEST) * SHORTEST
-            splits = np.maximum(1, -(-positions // length))
-            apart = splits > 1
-            if (splits * sizes)[apart].sum() * draws <= most or not apart.any():
-                break
-            length *= 2
-        lengths = np.full(count, length)
+        cut = np.column_stack([blocks, [each.shifts for each in bundles]])
+        asked = np.array([len(each) for each in grid], np.int64) * draws
+        groups = np.array([_warps(tiles, int(m * n)) for m, n in blocks], np.int64)
+        places = processors * tiles.programs * tiles.warps // groups
+        lengths = lengths_of(positions, asked, sizes * draws, cut, places, most)
+        splits = np.maximum(1, -(-positions // lengths))
+        apart = splits > 1
     partial = np.where(apart, splits * sizes, 0)
     spare = int(partial.sum())
     starts = np.empty(count, np.int64)
@@ -201,8 +197,8 @@ def schedule(
     shifts = np.array([each.shifts for each in bundles], np.int64)
     kinds = np.column_stack([np.column_stack([blocks, shifts])[products], tables[:, 0] >= count])
     # Programs that run at the same time should read the same positions; the short ones fill the gaps at the end.
-    small = np.minimum(lengths, positions)[products] < lengths.max(initial=1)
-    ordered = np.lexsort((tables[:, 3], small, *kinds.T[::-1]))
+    taken = np.minimum(lengths[products], positions[products] - tables[:, 3] * lengths[products])
+    ordered = np.lexsort((tables[:, 3], -taken, *kinds.T[::-1]))
     tables, kinds = tables[ordered], kinds[ordered]
     *assembly, programs = _assembly(plans, offsets, extents)
     arrays = (np.array(rows, np.int64).reshape(-1, FIELDS), tables, _joined(sums, 6, np.int64), *assembly)
@@ -211,8 +207,7 @@ def schedule(
     uploaded = dict(zip(names, _uploaded(arrays, device), strict=True))
     launches, start = [], 0
     for (block_m, block_n, shifted, signed), length in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
-        # Narrow tiles have more operands for each sum, and so more warps.
-        warps = min(tiles.warps, max(1, 2 * tiles.warps * int(block_m * block_n) // (tiles.block_m * tiles.block_n)))
+        warps = _warps(tiles, int(block_m * block_n))
         part = uploaded["items"][start : start + int(length)]
         launches.append(Launch(int(block_m), int(block_n), int(shifted), bool(signed), warps, part))
         start += int(length)
@@ -225,6 +220,11 @@ def schedule(
         tiles=tiles,
         programs=programs,
     )
+
+
+def _warps(tiles: Tiles, elements: int) -> int:
+    """Warps of a program: narrow tiles have more operands for each sum, and so more of them."""
+    return min(tiles.warps, max(1, 2 * tiles.warps * elements // (tiles.block_m * tiles.block_n)))
 
 
 def _uploaded(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tensor]:

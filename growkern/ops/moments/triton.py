@@ -196,7 +196,6 @@ def pack(copies: Tensor, programs: int, source: Tensor, target: Tensor) -> None:
             source,
             target,
             FIELDS=COPY_FIELDS,
-            COUNT=_count(copies),
             PIXELS=PACK_PIXELS,
             CHANNELS=PACK_CHANNELS,
         )
@@ -258,7 +257,6 @@ def subtract_group(
         like,
         out,
         FIELDS=SUBTRACT_FIELDS,
-        COUNT=_count(table),
         ALIGN=align,
         **_subtract_options(tile, precision, table.device),
     )
@@ -279,11 +277,6 @@ def _registers(all_of_them: bool, device: torch.device) -> dict[str, int]:
 def _all_registers() -> dict[str, int]:
     """Allow all registers, or ptxas spills some of them for the sake of more programs."""
     return {} if torch.version.hip else {"maxnreg": 255}
-
-
-def _count(table: Tensor) -> int:
-    """Round the rows of a table up, so that few numbers of sites need a kernel of their own."""
-    return max(16, 1 << (len(table) - 1).bit_length())
 
 
 def _wide(*sides: Rows) -> bool:

@@ -27,9 +27,11 @@ CHANGES: list[dict[str, int]] = [
     {"warps": 8},
     {"stages": 2},
     {"stages": 4},
+    {"programs": 1},
     {"programs": 2},
-    {"programs": 16},
+    {"programs": 4},
     {"shifts": 2, "warps": 8},
+    {"shifts": 2, "warps": 4, "programs": 2},
     {"shifts": 4, "warps": 8},
 ]
 
@@ -65,8 +67,7 @@ def tune(device: torch.device, widths: tuple[int, ...] = WIDTHS) -> Iterator[dic
         fastest = before = time(best)
         for change in CHANGES:
             candidate = best._replace(**change)
-            fits = max(candidate.block_m, candidate.block_n) <= max(16, 2 * width)
-            if candidate != best and fits and (kind == "map" or candidate.shifts == 1):
+            if candidate != best and _fits(candidate, kind, width):
                 taken = time(candidate)
                 if taken < fastest:
                     best, fastest = candidate, taken
@@ -75,12 +76,30 @@ def tune(device: torch.device, widths: tuple[int, ...] = WIDTHS) -> Iterator[dic
             yield found | {"ms": fastest, "before": before}
 
 
+def _fits(candidate: Tiles, kind: str, width: int) -> bool:
+    """Whether tiles are worth a try: at most twice as wide as the channels, and without shifts where there are none."""
+    return max(candidate.block_m, candidate.block_n) <= max(16, 2 * width) and (kind == "map" or candidate.shifts == 1)
+
+
+def _shape(kind: str, width: int) -> tuple[int, ...]:
+    """Shape of the x, h and v on which tiles are timed."""
+    side = max(4, min(32, 2048 // width))
+    return (16384, width) if kind == "matrix" else (128, width, side, side)
+
+
+def _with_tiles(candidate: Tiles) -> Any:
+    """Make an engine that cuts everything in one way."""
+
+    def choose(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
+        return candidate
+
+    return types.SimpleNamespace(**{**vars(engine), "tiles": choose})
+
+
 def _problem(kind: str, dtype: torch.dtype, width: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """x, h and v of a given width, and the moments of a few of their samples in float64."""
     generator = torch.Generator(device).manual_seed(0)
-    side = 1 if kind == "matrix" else max(4, min(32, 2048 // width))
-    shape = (16384, width) if kind == "matrix" else (128, width, side, side)
-    tensors = [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3)]
+    tensors = [torch.randn(_shape(kind, width), generator=generator, device=device).to(dtype) for _ in range(3)]
     few = [tensor[: _few(tensor)].double() for tensor in tensors]
     return tensors, list(_moments(reference, few, "ieee"))
 
@@ -99,11 +118,7 @@ def _moments(owner: Any, tensors: list[Tensor], precision: str, *engines: Any) -
 
 def _milliseconds(candidate: Tiles, tensors: list[Tensor], right: list[Tensor], precision: str, most: float) -> float:
     """Median over replays of a graph, so that launches cost nothing, with a cold L2; a wrong sum is an error."""
-
-    def choose(plan: Plan, dtype: torch.dtype, precision: str, device: torch.device) -> Tiles:
-        return candidate
-
-    tuned = types.SimpleNamespace(**{**vars(engine), "tiles": choose})
+    tuned = _with_tiles(candidate)
     few = _moments(gpu, [tensor[: _few(tensor)] for tensor in tensors], precision, tuned)
     for out, expected in zip(few, right, strict=True):
         if (out.double() - expected).norm() > most * expected.norm():
