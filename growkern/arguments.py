@@ -10,9 +10,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-KERNELS = ("full", "center")
-REDUCTIONS = ("mean", "sum")
-
 
 def check_choice(name: str, value: object, accepted: Iterable[str]) -> None:
     """Raise a ValueError if a value is none of the accepted ones."""
@@ -25,6 +22,23 @@ def check_count(name: str, value: object, also: str | None = None) -> None:
     if value != also and (not isinstance(value, Integral) or isinstance(value, bool) or value < 0):
         alternative = "" if also is None else f"{also!r} or "
         raise ValueError(f"{name}: expected {alternative}an integer of 0 or more, got {value!r}")
+
+
+def check_collected(kernel: object, reduction: object, null_draws: object) -> None:
+    """Raise a ValueError for options of `collect` that are none."""
+    check_choice("kernel", kernel, ("full", "center"))
+    check_choice("reduction", reduction, ("mean", "sum"))
+    check_draws(null_draws)
+
+
+def check_draws(value: Any, needed: bool = False) -> None:
+    """Raise a ValueError for one draw of chance, which tells nothing of it, and for none where they are needed."""
+    check_count("null_draws", value)
+    if value == 1 or (needed and not value):
+        raise ValueError(
+            f"null_draws: 'auto' needs draws of chance, two at least, got {value}; "
+            "use collect(..., null_draws=16), or 0 and an integer for neurons"
+        )
 
 
 def check_share(name: str, value: object) -> None:

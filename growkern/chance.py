@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from growkern.arguments import check_draws
 from growkern.spectra import largest_eigenvalue
 from growkern.stacks import Stack
 from growkern.whitening import LARGEST_PADDED, Factor, by_row
@@ -97,8 +98,8 @@ def tops(
     ValueError
         If fewer than two draws were measured.
     """
-    if moments.null is None or moments.null.shape[1] < 2:
-        raise ValueError("neurons: 'auto' needs draws of chance; use collect(..., null_draws=16), or give an integer")
+    check_draws(0 if moments.null is None else moments.null.shape[1], needed=True)
+    assert moments.null is not None
     null, offsets = moments.null, moments.offsets  # (B, draws, p, r·offsets)
     draws, width = null.shape[1], null.shape[3] if v is None else v.width * offsets
     # A draw is of v⊥, which has lost what h explains of noise: so has N, but xv has not, and the projection of a

@@ -14,7 +14,7 @@ from torch import nn
 
 from growkern import distributed
 from growkern.amplitude import best_amplitude
-from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, check_share, check_trained, listed
+from growkern.arguments import check_choice, check_collected, check_count, check_share, check_trained, listed
 from growkern.eval_mode import evaluating
 from growkern.moments import Moments, collect
 from growkern.neurons import METHODS, NewNeurons, check_options, granularity, solve
@@ -142,9 +142,7 @@ class Grower:
         check_options(method, neurons, max_neurons)
         check_choice("where", where, ("best", "all"))
         check_choice("cost", cost, ("parameters", "flops"))
-        check_choice("kernel", kernel, KERNELS)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_count("null_draws", null_draws)
+        check_collected(kernel, reduction, null_draws)
         check_count("max_parameters", 0 if max_parameters is None else max_parameters)
         check_share("held_out", held_out)
         if not isinstance(when, Collection):

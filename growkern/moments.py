@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from growkern import distributed, storage
-from growkern.arguments import KERNELS, REDUCTIONS, check_choice, check_count, listed
+from growkern.arguments import check_collected, listed
 from growkern.eval_mode import evaluating
 from growkern.passes import Passes, Recording
 from growkern.probe import LossFn, Probe, draws_of, measured_together, residuals_together, share_uniform
@@ -180,9 +180,7 @@ def collect(
         For an argument that is not as described, a site that does not fit the model, no batch, a loss or a
         moment that is not finite, or a site that no gradient reaches.
     """
-    check_choice("kernel", kernel, KERNELS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_count("null_draws", null_draws)
+    check_collected(kernel, reduction, null_draws)
     sites = [sites] if isinstance(sites, GrowthSite) else listed("sites", sites, "growth sites")
     run = Passes(model, batches, loss_fn, reduction, group, batch_dim)
     probes = {probe.site.name: probe for probe in (Probe(model, site, kernel, batch_dim) for site in sites)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -10,11 +11,16 @@ from torch import Tensor
 
 from growkern import ops
 
+logger = logging.getLogger(__name__)
+
 _RESIDUAL = 5e-9  # of TᵀT, relative to the geometric mean of the wanted eigenvalue and the largest
 _VECTORS = 4  # of a basis, at least, for each singular value that it has to find
 _PIVOTS = 64  # features that a step of Cholesky's method takes at once
 _PATIENCE = 2**14  # over the square of a matrix's rows: vectors before slow convergence counts
-_CONDITION_STEPS = 4  # of Lanczos' method: conditions from 0.6 of the true ones on, from 0.95 near singular moments
+CONDITION_STEPS = 4  # of Lanczos' method: conditions from 0.6 of the true ones on, from 0.95 near singular moments
+_LONG = 8192  # rows of a matrix, of which all eigenvectors take minutes
+SHIFT = 0.25  # of a cut-off: beyond what rounding takes eigenvalues below zero, and closer to them than to others
+_NARROW = 36  # of a matrix's columns, those of a step that looks for its null space
 BLOCK = 16  # columns of a step of block Lanczos
 WIDE = 512  # rows of a matrix, from which on a few singular values cost less by Lanczos' method
 
@@ -24,8 +30,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (b.mT @ a.mT).mT
 
 
+def solved(lower: Tensor, b: Tensor) -> Tensor:
+    """Give a⁻¹ b for the Cholesky factor of a; `cholesky_solve` copies that of a batch."""
+    return torch.linalg.solve_triangular(lower.mT, torch.linalg.solve_triangular(lower, b, upper=False), upper=True)
+
+
 def top_singular(
-    square: Callable[[Tensor], Tensor], start: Tensor, most: int, above: float
+    square: Callable[[Tensor], Tensor], start: Tensor, most: int, above: float, persist: bool = False
 ) -> tuple[Tensor, Tensor] | None:
     """Largest singular values (..., k) of one matrix and vectors (..., s, k) of its smaller side, by block Lanczos.
 
@@ -39,6 +50,8 @@ def top_singular(
         How many are wanted at most.
     above : float
         Size below which none is wanted.
+    persist : bool
+        Go on as long as the basis may be, for many that converge together.
 
     Returns
     -------
@@ -65,7 +78,7 @@ def top_singular(
         beyond = rest @ vectors[-block:]  # TᵀT basis vectors = basis vectors w + fresh beyond
         w, residuals = torch.stack([values, beyond.norm(dim=0)]).tolist()
         count = min(most, sum(each > above**2 for each in w))
-        if _VECTORS * count > s // 3:
+        if not persist and _VECTORS * count > s // 3:
             return None
         if count == len(w):
             continue
@@ -80,7 +93,7 @@ def top_singular(
         rate = (worst / before[1]) ** (1 / (steps - before[0]))
         left = s // 3 // block - steps
         # In a bulk of noise it is too slow to pay; but beyond caches a whole decomposition costs much more.
-        if len(w) >= max(4 * block, s**2 // _PATIENCE) and worst * rate**left > _RESIDUAL:
+        if not persist and len(w) >= max(4 * block, s**2 // _PATIENCE) and worst * rate**left > _RESIDUAL:
             return None
         before = steps, worst or 1.0
     return None
@@ -131,7 +144,16 @@ def dominant(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a (..., n, n), at least all that stand above `cut` (...,)."""
     n, lead = a.shape[-1], a.shape[:-2]
     found = _of_columns(a.view(n, n), cut) if n >= WIDE and lead.numel() == 1 else None
-    return ops.eigh(a) if found is None else (found[0].view(*lead, -1), found[1].view(*lead, n, -1))
+    if found is not None:
+        return found[0].view(*lead, -1), found[1].view(*lead, n, -1)
+    if n >= _LONG:
+        logger.warning(
+            "the second moment of %d features has neither few directions nor nearly all of them, as with few samples: "
+            "its eigenvectors take long, and %.1f GiB; with more samples there would be no need of them",
+            n,
+            4 * n**2 * a.element_size() / 2**30,  # LAPACK's workspace is half of that
+        )
+    return ops.eigh(a)
 
 
 def _of_columns(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -173,6 +195,38 @@ def _outside(basis: Tensor, b: Tensor) -> Tensor:
     return b - basis @ (basis.mT @ b)
 
 
+def null_space(a: Tensor, shift: Tensor, cut: float) -> Tensor | None:
+    """Orthonormal columns (n, k) that span the eigenvectors of a (n, n) for eigenvalues up to `cut`, where k is small.
+
+    Parameters
+    ----------
+    a : Tensor
+        Symmetric.
+    shift : Tensor
+        (n,) added to the diagonal, so that there is an inverse, of which they are the dominant eigenvectors: `SHIFT` of
+        the cut-off, and more for features that are none.
+    cut : float
+        The cut-off.
+
+    Returns
+    -------
+    Tensor or None
+        None where they are too many, or the matrix is negative beyond the shift.
+    """
+    lower = a.mT.clone()
+    lower.diagonal().add_(shift)
+    info = torch.empty((), dtype=torch.int32, device=a.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    if info:
+        return None
+    block = max(2 * BLOCK, len(a) // _NARROW)  # finds as many equal eigenvalues, which those of exact copies are
+    start = torch.arange(len(a) * block, dtype=a.dtype, device=a.device).square().mul(0.7).cos().view(-1, block)
+    above = ((1 + SHIFT) * cut) ** -0.5
+    found = top_singular(lambda b: solved(lower, b), solved(lower, start), len(a), above, persist=True)
+    # A basis that has outgrown the null space is less orthogonal; once more takes out what that let in.
+    return None if found is None else torch.linalg.qr(solved(lower, found[1]))[0]
+
+
 def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest eigenvalue of S a S where S, a diagonal matrix, is not 0: estimates from inside.
 
@@ -194,12 +248,10 @@ def extreme_eigenvalues(a: Tensor, lower: Tensor, scale: Tensor) -> tuple[Tensor
     new = (torch.arange(a.shape[-1], dtype=lower.dtype, device=a.device).mul(2.4).cos() * seen)[..., None, :]
     old, length = torch.zeros_like(both), new.norm(dim=-1, keepdim=True)
     diagonal, below = [], []
-    for _ in range(_CONDITION_STEPS):
+    for _ in range(CONDITION_STEPS):
         old, new = new / length.clamp_min(1e-300), old
         up, down = (both * old).split(1, -2)
-        down = torch.linalg.solve_triangular(lower, down.mT, upper=False)
-        down = torch.linalg.solve_triangular(lower.mT, down, upper=True)  # cholesky_solve copies a batch's factor
-        new = torch.cat([up.to(a.dtype) @ a, down.mT], -2) * both - length * new
+        new = torch.cat([up.to(a.dtype) @ a, solved(lower, down.mT).mT], -2) * both - length * new
         diagonal.append(torch.linalg.vecdot(old, new)[..., None])
         new = new - diagonal[-1] * old
         length = new.norm(dim=-1, keepdim=True)

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from growkern import ops
-from growkern.spectra import BLOCK, WIDE, dominant, extreme_eigenvalues, product, top_singular
+from growkern.spectra import (
+    BLOCK,
+    CONDITION_STEPS,
+    SHIFT,
+    WIDE,
+    dominant,
+    extreme_eigenvalues,
+    largest_eigenvalue,
+    null_space,
+    product,
+    solved,
+    top_singular,
+)
 
 LARGEST_PADDED = 256  # wider moments gain nothing from company
 
@@ -24,7 +36,8 @@ class Factor:
 
     A moment is scaled to unit diagonal first, so that units and a column of ones do not matter, and every cut-off is
     relative to that. Features whose diagonal is zero are left out. A Cholesky factor serves wherever the moment is
-    well conditioned, which `sound` tells, else the eigenvectors above `relative_cut` do.
+    well conditioned, which `sound` tells, or one wide moment is so beside a small null space, else the eigenvectors
+    above `relative_cut` do.
     Everything runs in float64, and nothing waits for a GPU but one wide moment.
 
     Parameters
@@ -61,6 +74,7 @@ class Factor:
         cut = relative_cut(alive.sum(-1), moment_dtype)  # (...,)
         scale = torch.where(alive, diagonal, 1).rsqrt() * alive  # (..., n)
         self._lower: Tensor | None = None
+        self._null: Tensor | None = None
         if not by_eigenvectors:
             # What Cholesky's method rounds does not depend on units: it takes the moment as it is, but for zeros.
             self._lower, info = _cholesky(a, alive)
@@ -76,6 +90,10 @@ class Factor:
             self._lower = None
         self._scale = scale
         scaled = (a * scale[..., None, :]).mul_(scale[..., :, None])  # in float64, as scale is
+        # Where the rank is low, Cholesky's method breaks down about there, and its columns serve.
+        if not by_eigenvectors and a.shape[-1] >= WIDE and not 0 < int(info) <= a.shape[-1] // 2:
+            if self._leave_out(scaled, alive, cut, high):
+                return
         w, self._vectors = dominant(scaled, cut)  # (..., k), (..., n, k)
         kept = w > cut[..., None]
         self.sound = ~w.isnan().any(-1)
@@ -84,6 +102,32 @@ class Factor:
         self.condition = torch.where(self.rank > 0, w[..., -1:].sum(-1) / least, 1.0)
         self._inverse_root = torch.where(kept, w, 1).rsqrt() * kept
 
+    def _leave_out(self, scaled: Tensor, alive: Tensor, cut: Tensor, high: Tensor) -> bool:
+        """Factor one wide moment by Cholesky's method beside a null space of few directions, if it is such a one."""
+        n = scaled.shape[-1]
+        square = scaled.view(n, n)
+        null = null_space(square, (SHIFT * cut + ~alive).view(n), float(cut))
+        if null is None:
+            return False
+        # P a P + V Vᵀ with P = 1 − V Vᵀ: on the range of P, what is left of a.
+        image = square @ null
+        half = image - null @ (null.mT @ image + torch.eye(null.shape[-1], dtype=null.dtype, device=null.device)) / 2
+        square.addmm_(null, half.mT, alpha=-1).addmm_(half, null.mT, alpha=-1)
+        lower, info = _cholesky(scaled, alive)
+        start = torch.ones_like(scaled[..., :1])
+        low = largest_eigenvalue(lambda b: solved(lower, b), start, CONDITION_STEPS)[..., 0].reciprocal()
+        self.sound = (info == 0) & (low > cut)
+        if not self.sound:  # a direction was missed
+            square.addmm_(null, half.mT).addmm_(half, null.mT)
+            return False
+        self.rank, self.condition = alive.sum(-1) - null.shape[-1], high / low
+        self._lower, self._null = lower, null.view(*scaled.shape[:-1], -1)
+        return True
+
+    def _outside(self, b: Tensor) -> Tensor:
+        """Project the columns of b away from the null space, where the factor does not leave it out by itself."""
+        return b if self._null is None else b - self._null @ (self._null.mT @ b)
+
     @property
     def width(self) -> int:
         """Columns of L."""
@@ -91,7 +135,7 @@ class Factor:
 
     def whiten(self, b: Tensor) -> Tensor:
         """L⁻¹ b for b of shape (..., n, m): (..., width, m)."""
-        b = b.double() * self._scale[..., None]
+        b = self._outside(b.double() * self._scale[..., None])
         if self._lower is not None:
             return torch.linalg.solve_triangular(self._lower, b, upper=False)
         return self._vectors.mT @ b * self._inverse_root[..., None]
@@ -99,7 +143,7 @@ class Factor:
     def unwhiten(self, u: Tensor) -> Tensor:
         """L⁻ᵀ u for u of shape (..., width, m): (..., n, m)."""
         if self._lower is not None:
-            back = torch.linalg.solve_triangular(self._lower.mT, u, upper=True)
+            back = self._outside(torch.linalg.solve_triangular(self._lower.mT, u, upper=True))
         else:
             back = self._vectors @ (u * self._inverse_root[..., None])
         return back * self._scale[..., None]

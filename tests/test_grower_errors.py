@@ -24,6 +24,7 @@ import growkern as gk
         ({"kernel": "ful"}, "kernel: expected one of"),
         ({"reduction": "avg"}, "reduction: expected one of"),
         ({"null_draws": -1}, "null_draws: expected an integer"),
+        ({"null_draws": 1}, "null_draws: 'auto' needs draws"),
         ({"held_out": 1.5}, "held_out: expected a share from 0 to 1, got 1.5"),
         ({"held_out": None}, "held_out: expected a share"),
         ({"max_parameters": "1000"}, "max_parameters: expected an integer of 0 or more, got '1000'"),

@@ -25,6 +25,7 @@ PACKAGE = Path(growkern.__file__).parent
 
 pytestmark = pytest.mark.skipif("cpp" not in available("linear_moments"), reason="no compiled library here")
 
+NAMES = ("xx", "xh", "xv", "hh", "hv", "vv")
 SETS = ("avx512", "avx2", "portable")
 MOMENTS = cases("linear_moments", "linear_residual", "conv2d_moments", "conv2d_residual")
 EIGH = [case for case in cases("eigh") if case.shape[-1] > 0]
@@ -355,3 +356,28 @@ def test_auto_passes_over_backends_of_other_devices():
         pytest.raises(RuntimeError, match="eigh: cpp takes cpu tensors, got one on cuda"),
     ):
         backend.implementation("eigh", "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("channels", "size"), [(20, 4), (5, 9)])
+@pytest.mark.parametrize("kernel", ["full", "center"])
+def test_taps_that_read_zeros_only_leave_no_rounding(kernel, channels, size, dtype):
+    """Or whatever whitens it takes it for data, of another unit."""
+    g = torch.Generator().manual_seed(0)
+    x, h, v = (torch.randn(64, channels, size, size, generator=g).to(dtype) for _ in range(3))
+    for maps in (x, h):
+        maps[:, 1, :, :-1] = 0
+        maps[:, 2, 1:] = 0
+        maps[:, 3, :-1] = maps[:, 3, :, :-1] = 0
+    three = ConvGeometry(3, padding=1)
+    uniform = Call(x, x[:, :0], x[:, :0], three, ConvGeometry(1), x_bias=True)
+    calls = [Call(x, h, v, three, three, kernel, h_bias=True), uniform]
+    found = [dict(zip(NAMES, six, strict=True)) for six in grouped_moments(calls)]
+    with use_backend("reference"):
+        exact = [dict(zip(NAMES, six, strict=True)) for six in grouped_moments(calls)]
+    for one, other in zip(found, exact, strict=True):
+        for square, beside in (("xx", ("xh", "xv")), ("hh", ("hv",))):
+            unread = other[square].diagonal() == 0
+            assert unread.sum() == (11 if len(other[square]) else 0)
+            assert not any(one[name][unread].any() for name in (square, *beside))
+            assert not one[square][:, unread].any()

@@ -349,10 +349,11 @@ def _with_uniform(calls: Sequence[Call]) -> list[Six]:
     return found
 
 
-for _backend in ("cpp", "reference"):
-    register("grouped_residuals", _backend)(lambda calls: [_residual(call) for call in calls])
-register("grouped_moments", "cpp")(_with_uniform if native.load("cpu") else lambda calls: list(map(_moments, calls)))
 register("grouped_moments", "reference")(lambda calls: list(map(_moments, calls)))
+register("grouped_residuals", "reference")(lambda calls: list(map(_residual, calls)))
+if native.load("cpu"):
+    register("grouped_moments", "cpp")(_with_uniform)
+    register("grouped_residuals", "cpp")(lambda calls: list(map(_residual, calls)))
 
 
 define(

@@ -1,5 +1,7 @@
 """Second moments by the kernels of csrc/moments, on CPU tensors."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 native = torch.ops.growkern_cpu
 
+ROUNDING = 16  # units of rounding of all that a channel's maps hold, from which on a tap has read something
 LONG, SHORT = 4096, 256  # rows of a run that is divided, and of its parts at least
 
 
@@ -36,7 +39,8 @@ def conv2d_moments(
     precision: str,
 ) -> Six:
     """Sum the six moments as correlations at strides 1 and 2, and from patches gathered in cache otherwise."""
-    return native.conv2d_moments(x, h, v, producer, consumer, kernel == "full", x_bias, h_bias, False)[:6]
+    sums = native.conv2d_moments(x, h, v, producer, consumer, kernel == "full", x_bias, h_bias, False)
+    return _without_rounding(sums[:6], producer, consumer)
 
 
 def moments_and_uniform(call: Call) -> tuple[Six, Tensor]:
@@ -45,8 +49,30 @@ def moments_and_uniform(call: Call) -> tuple[Six, Tensor]:
     x, h, v = (each.detach() for each in call.tensors())
     producer, consumer = call.geometries() or ([], [])
     *six, uniform = native.conv2d_moments(x, h, v, producer, consumer, call.full, call.x_bias, call.h_bias, True)
+    _clear(_unread(uniform, producer), (uniform, uniform.T))
+    return _without_rounding(six, producer, consumer), uniform
+
+
+def _without_rounding(six: Sequence[Tensor], producer: list[int], consumer: list[int]) -> Six:
+    """Set to zero what belongs to taps that have read zeros only: borders taken from all of a map leave rounding."""
     xx, xh, xv, hh, hv, vv = six
-    return (xx, xh, xv, hh, hv, vv), uniform
+    _clear(_unread(xx, producer), (xx, xx.T, xh, xv))
+    _clear(_unread(hh, consumer), (hh, hh.T, xh.T, hv))
+    return xx, xh, xv, hh, hv, vv
+
+
+def _unread(moment: Tensor, geometry: list[int]) -> Tensor:
+    """Tell which features have read nothing, by the largest of their channel."""
+    taps = ConvGeometry.unpack(geometry).taps
+    energy = moment.diagonal()[: len(moment) // taps * taps].view(-1, taps)
+    least = ROUNDING * torch.finfo(moment.dtype).eps * energy.amax(1, keepdim=True)
+    return (energy < least).flatten().nonzero().flatten()
+
+
+def _clear(features: Tensor, moments: Sequence[Tensor]) -> None:
+    for each in moments:
+        if len(features) and each.numel():
+            each[features] = 0
 
 
 @register("linear_residual", "cpp")
