@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _LONGEST_RUN = 64  # of rows that share a random sign, but for those of one image or sequence
 _SIGNS = 512  # at least, wherever rows are as many: strong directions then blur into chance by 1/√512 only
-_WIDE, _LEAST = 2**21, 8  # entries of N from which on draws are half as many, but for so many
+_WIDE, LEAST_DRAWS = 2**21, 8  # entries of N from which on draws are half as many, but for so many
 _LONGER = 0.25  # by how much of a class a part may be longer, before it is cut once more
 _FEW = 2**22  # entries of N times rows of a batch, up to which one call with more signs takes less than several calls
 _ELEMENTS = 2**19  # of sums that are made draws at a time, in the cache
+
+
+class Part(NamedTuple):
+    """Samples that one call sums up: the first class, rows or images, signs (classes, runs), rows that share one."""
+
+    number: int
+    rows: slice
+    signs: Tensor
+    run: int
+
+
+def joined_parts(parts: Iterable[Part]) -> list[Part]:
+    """Join neighbours of the same classes, if runs end where the first one does."""
+    found: list[Part] = []
+    for part in parts:
+        last = found[-1] if found else None
+        if (
+            last is not None
+            and (last.number, last.run, len(last.signs)) == (part.number, part.run, len(part.signs))
+            and (last.rows.stop - last.rows.start) % last.run == 0
+        ):
+            found[-1] = last._replace(
+                rows=slice(last.rows.start, part.rows.stop), signs=torch.cat([last.signs, part.signs], 1)
+            )
+        else:
+            found.append(part)
+    return found
 
 
 class Draws:
@@ -37,14 +65,14 @@ class Draws:
 
     def __init__(self, draws: int, entries: int, count: int, seed: int) -> None:
         """Prepare for draws of N, which has so many entries, from `count` rows, or images, that come in batches."""
-        self._draws = min(draws, max(draws // 2, _LEAST)) if entries > _WIDE else draws
+        self._draws = min(draws, max(draws // 2, LEAST_DRAWS)) if entries > _WIDE else draws
         self._entries = entries
         self._count, self._begun = count, 0
         self.classes = 1 << (self._draws - 1).bit_length()
         self.sums: dict[str, Tensor] = {}
         self._signs = torch.Generator("cpu").manual_seed(seed)
 
-    def parts(self, rows: int, run: int) -> Iterator[tuple[int, slice, Tensor]]:
+    def parts(self, rows: int, run: int) -> Iterator[Part]:
         """Cut the next batch into parts, each to be summed by one call.
 
         Where N is small a batch is one part, and signs are 0 in all classes but a sample's own.
@@ -56,8 +84,8 @@ class Draws:
 
         Yields
         ------
-        tuple of int, slice and Tensor
-            The first class, the rows, and signs (classes, runs).
+        Part
+            Rows are counted from the first one of the batch.
         """
         count, runs = max(self._count, 1), -(-rows // run)
         pieces = max(min(math.ceil(rows * self.classes / count - _LONGER), runs), 1)
@@ -70,10 +98,10 @@ class Draws:
             own = signs.new_zeros(owners[-1] - owners[0] + 1, runs)
             for owner, (first, last) in zip(owners, pairs, strict=True):
                 own[owner - owners[0], first // run : -(-last // run)] = 1
-            yield owners[0], slice(0, rows), signs * own
+            yield Part(owners[0], slice(0, rows), signs * own, run)
             return
         for owner, (first, last) in zip(owners, pairs, strict=True):
-            yield owner, slice(first, last), signs[:, first // run : -(-last // run)].clone()
+            yield Part(owner, slice(first, last), signs[:, first // run : -(-last // run)].clone(), run)
 
     def places(self, number: int, null: Tensor, null_h: Tensor) -> list[Tensor]:
         """Give where to add the sums of as many classes, of which the first is known by its number."""

@@ -16,7 +16,7 @@ from growkern import distributed, storage
 from growkern.arguments import check_collected, listed
 from growkern.brief import Brief
 from growkern.eval_mode import evaluating
-from growkern.passes import Passes
+from growkern.passes import Passes, Recording
 from growkern.probe import LossFn, Probe, draws_of, measured_together, residuals_together, share_uniform
 from growkern.sites import GrowthSite
 from growkern.whitening import least_squares
@@ -144,9 +144,9 @@ def collect(
 ) -> dict[str, Moments]:
     """Measure the moments of sites by hooks on ordinary forward and backward passes.
 
-    The model runs in evaluation mode; parameters, their gradients, buffers, modes and random number generators
-    are left as they were. A second pass over the same batches, with the best update dW* of the first one known,
-    measures N for ``kernel="full"`` and the draws of what chance alone produces (TINY, section 3).
+    The model runs in evaluation mode and is left as it was, random number generators too. A second pass over the
+    batches, with dW* of the first one known, measures N for ``kernel="full"`` and draws of chance (TINY, section 3); on
+    a CPU it reads what the first one has seen, if that is no larger than the moments.
 
     Parameters
     ----------
@@ -190,18 +190,19 @@ def collect(
     if len(probes) < len(sites):
         raise ValueError(f"sites: expected one site for each producer, got {', '.join(site.name for site in sites)}")
     elsewhere = share_uniform(probes.values())
+    again = {name: probe for name, probe in probes.items() if null_draws or probe.kernel == "full"}
+    recording = Recording(again.values(), null_draws)
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes.values():
             hooks.enter_context(probe.watching())
-        sums = run.sweep(probes, lambda some, _: measured_together(some))
+        sums = run.sweep(probes, measured_together, recording)
         for name, other in elsewhere.items():
             sums[name]["uniform"] = sums[other]["hh"]
         counts = {name: run.total(probe.count) for name, probe in probes.items()}
-        again = {name: probe for name, probe in probes.items() if null_draws or probe.kernel == "full"}
         pairs = {name: (sums[name]["hh"], sums[name]["hv"]) for name in again}  # of sums as of means
         updates = {name: update.mT for name, update in least_squares(pairs).items()}
         draws = draws_of(again.values(), null_draws, distributed.rank(group))
-        second = run.sweep(again, lambda some, size: residuals_together(some, updates, draws, size))
+        second = run.sweep(again, lambda some: residuals_together(some, updates, draws), recording)
     for name, own in draws.items():
         second[name] |= own.made()
     return {

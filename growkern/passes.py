@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,11 +14,50 @@ from torch import Tensor, nn
 from growkern import distributed
 from growkern.arguments import check_trained, listed
 from growkern.batches import device_of, leaves, to_device
+from growkern.draws import LEAST_DRAWS
 from growkern.eval_mode import evaluating, fixed_norms, same_draws
-from growkern.probe import LossFn, Probe
+from growkern.probe import LossFn, Probe, Seen
 from growkern.sites import GrowthSite, logger, resolve, survey
 
+_SUMS = 4  # besides draws, in sizes of N: xx, xv, hh and N, about
 _TOGETHER_BYTES = 64 * 2**20  # of x, h and v that sites measured in one go may hold on a GPU
+
+
+class Recording:
+    """What sites see in a pass, for another one over the same batches, if it is no larger than what is measured.
+
+    Parameters
+    ----------
+    probes : iterable of Probe
+        Of the sites that the other pass is for.
+    draws : int
+        How many of chance are to be made of each.
+    """
+
+    def __init__(self, probes: Iterable[Probe], draws: int) -> None:
+        entries = {probe.site.name: probe.entries for probe in probes}
+        self._room = sum(entries.values()) * (_SUMS + min(draws, LEAST_DRAWS))
+        self._seen: dict[str, list[tuple[Seen, int, list[int]]]] = {name: [] for name in entries}
+
+    def add(self, name: str, seen: Seen, batch_size: int) -> None:
+        """Hold what a site has seen of a batch, or let go of everything."""
+        self._room -= seen.numbers if name in self._seen else 0
+        if self._room < 0:
+            self._seen.clear()
+        if name in self._seen:
+            self._seen[name].append((seen, batch_size, [each._version for each in seen[:4]]))
+
+    def holds(self, sites: Iterable[str], batches: int) -> bool:
+        """Whether it is all there, for so many batches, and no model has written to it."""
+        found = [self._seen.get(name, []) for name in sites]
+        intact = all([each._version for each in seen[:4]] == versions for all_ in found for seen, _, versions in all_)
+        return intact and all(len(all_) == batches for all_ in found)
+
+    def taken(self) -> Iterator[tuple[str, list[tuple[Seen, int]]]]:
+        """Let go of it site by site, those first that hold most, before their sums need memory."""
+        size = {name: sum(seen.numbers for seen, *_ in all_) for name, all_ in self._seen.items()}
+        for name in sorted(size, key=lambda name: -size[name]):
+            yield name, [(seen, batch_size) for seen, batch_size, _ in self._seen.pop(name)]
 
 
 class Passes:
@@ -55,15 +94,67 @@ class Passes:
         return measured, held_out
 
     def sweep(
-        self, probes: Mapping[str, Probe], measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]]
+        self,
+        probes: Mapping[str, Probe],
+        measure: Callable[[Sequence[Probe]], Sequence[dict[str, Tensor]]],
+        recording: Recording,
     ) -> dict[str, dict[str, Tensor]]:
-        """Run every batch once; return the sums of what `measure(probes, batch size)` gives, by site and name."""
+        """Run every batch once, or take it from a recording that holds it; sum up what `measure(probes)` gives.
+
+        Parameters
+        ----------
+        probes : mapping of str to Probe
+            By name of the site.
+        measure : callable
+            Gives what is to be added up, by name, for each of some probes.
+        recording : Recording
+            Of the pass before, or for the next one.
+
+        Returns
+        -------
+        dict of str to dict
+            The sums, by site and name.
+
+        Raises
+        ------
+        ValueError
+            For sums, a loss or batches that cannot be used, in any process.
+        """
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in probes}
         failure: Exception | None = None
+
+        def add(some: Sequence[Probe]) -> None:
+            totals, values = [], []
+            for each, measured in zip(some, measure(some), strict=True):
+                total = sums[each.site.name]
+                for key, value in measured.items():
+                    if total.setdefault(key, value) is not value:
+                        totals.append(total[key])
+                        values.append(value)
+                each.held.clear()
+            if totals:
+                torch._foreach_add_(totals, values)  # one launch for many
+
+        def take(probe: Probe, seen: Seen, batch_size: int) -> None:
+            # A site that sees few numbers beside those that it sums up to waits for more batches: to write and add up
+            # its sums takes longer than to make them.
+            if probe.held and not probe.held[0][0].fits(seen):
+                add([probe])
+            if probe.hold(seen, batch_size):
+                add([probe])
+
         try:
-            with same_draws(self.model), fixed_norms(self.model):
-                for number, batch in enumerate(self.batches if probes else ()):
-                    self._measure(number, batch, probes, measure, sums)
+            if recording.holds(probes, len(self.batches)):
+                for name, all_of_it in recording.taken():
+                    for seen, batch_size in all_of_it:
+                        take(probes[name], seen, batch_size)
+            else:
+                with same_draws(self.model), fixed_norms(self.model):
+                    for number, batch in enumerate(self.batches):
+                        self._measure(number, batch, probes, add, take, recording)
+            for probe in probes.values():
+                if probe.held:
+                    add([probe])
         except Exception as error:  # the other processes of a group wait for this one
             failure = error
         failed = self.total(int(failure is not None))
@@ -109,8 +200,9 @@ class Passes:
         number: int,
         batch: tuple[Any, Any],
         probes: Mapping[str, Probe],
-        measure: Callable[[Sequence[Probe], int], Sequence[dict[str, Tensor]]],
-        sums: dict[str, dict[str, Tensor]],
+        add: Callable[[Sequence[Probe]], None],
+        take: Callable[[Probe, Seen, int], None],
+        recording: Recording,
     ) -> None:
         # Every site is measured as soon as the backward pass has reached it, so that what it has seen can go with
         # the graph, and memory peaks where that of the forward pass does.
@@ -120,26 +212,18 @@ class Passes:
         def arrived(probe: Probe, gradient: Tensor) -> None:
             unreached.discard(probe.site.name)
             try:
-                probe.receive(gradient, batch_size, seed, self.reduction == "mean")
+                seen = probe.receive(gradient, batch_size, seed, self.reduction == "mean")
             except ValueError as error:
                 raise ValueError(f"site {probe.site.name!r}: {error}") from None
+            if self.device.type == "cpu":
+                recording.add(probe.site.name, seen, batch_size)
+                take(probe, seen, batch_size)
+                return
+            probe.held.append((seen, batch_size))
             together.append(probe)
-            held = sum(operand.nbytes for each in together for operand in each.operands)
-            if self.device.type == "cpu" or held >= _TOGETHER_BYTES:
-                add()
-
-        def add() -> None:
-            totals, values = [], []
-            for each, measured in zip(together, measure(together, batch_size), strict=True):
-                total = sums[each.site.name]
-                for key, value in measured.items():
-                    if total.setdefault(key, value) is not value:
-                        totals.append(total[key])
-                        values.append(value)
-                each.release()
-            if totals:
-                torch._foreach_add_(totals, values)  # one launch for many
-            together.clear()
+            if sum(seen.numbers * seen.v.itemsize for probe in together for seen, _ in probe.held) >= _TOGETHER_BYTES:
+                add(together)
+                together.clear()
 
         for probe in probes.values():
             probe.forget(functools.partial(arrived, probe))
@@ -155,7 +239,7 @@ class Passes:
             consumer = probes[name].site.consumer
             raise ValueError(f"site {name!r}: no gradient reaches {consumer}; the loss does not use it")
         if together:
-            add()
+            add(together)
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Tensor, int]:
         args, target = to_device(batch, self.device)

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from growkern import ops
 from growkern.between import Pool
-from growkern.draws import Draws, rows_per_sign
+from growkern.draws import Draws, Part, joined_parts, rows_per_sign
 from growkern.ops import ConvGeometry
 from growkern.ops.moments import Call, Residual
 from growkern.sites import GrowthSite, resolve
@@ -37,14 +37,14 @@ def measured_together(probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
 
 
 def residuals_together(
-    probes: Sequence[Probe], updates: Mapping[str, Tensor], draws: Mapping[str, Draws], batch_size: int
+    probes: Sequence[Probe], updates: Mapping[str, Tensor], draws: Mapping[str, Draws]
 ) -> list[dict[str, Tensor]]:
     """Sum up N of sites together, with v⊥ = v − update·h, and add to the sums behind their draws, which come along."""
     found: list[dict[str, Tensor]] = [{} for _ in probes]
     queues = []
     for sums, probe in zip(found, probes, strict=True):
         own = draws.get(probe.site.name)
-        queues.append([(sums, own, *each) for each in probe.residuals(updates[probe.site.name], own, batch_size)])
+        queues.append([(sums, own, *each) for each in probe.residuals(updates[probe.site.name], own)])
     for some in itertools.zip_longest(*queues):  # a part of each at a time: what it gives is as large as N
         calls = [each for each in some if each is not None]
         totals, values = [], []
@@ -86,6 +86,44 @@ def draws_of(probes: Iterable[Probe], number: int, seed: int) -> dict[str, Draws
     return {probe.site.name: Draws(number, probe.entries, probe.count, seed) for probe in probes if number}
 
 
+class Seen(NamedTuple):
+    """What a site sees of some samples: x, ahead of its pools too, h and v; and how the ops take them."""
+
+    x: Tensor
+    raw: Tensor
+    h: Tensor
+    v: Tensor
+    flags: dict[str, Any]
+
+    @property
+    def numbers(self) -> int:
+        """Entries of x, h and v."""
+        return self.x.numel() + self.h.numel() + self.v.numel()
+
+    def fits(self, other: Seen) -> bool:
+        """Whether other samples can be put behind these."""
+        pairs = zip(self[:4], other[:4], strict=True)
+        return self.flags == other.flags and all(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in pairs)
+
+    def kept(self) -> Seen:
+        """Give the same in memory that the model does not write to again."""
+        raw = self.raw.clone()
+        return self._replace(x=raw if self.x is self.raw else self.x, raw=raw, h=self.h.clone())
+
+    def call(self, **flags: bool) -> Call:
+        """Ask for the moments."""
+        return Call(self.x, self.h, self.v, **self.flags | flags)
+
+
+def joined(some: Sequence[Seen]) -> Seen:
+    """Put samples behind each other that fit."""
+    if len(some) == 1:
+        return some[0]
+    raw, h, v = (torch.cat(each) for each in zip(*(seen[1:4] for seen in some), strict=True))
+    x = raw if some[0].x is some[0].raw else torch.cat([seen.x for seen in some])
+    return Seen(x, raw, h, v, some[0].flags)
+
+
 class Probe:
     """Hooks on the two layers of one site.
 
@@ -99,6 +137,8 @@ class Probe:
         Sizes of the producer's and the consumer's output maps; 1 for linear layers.
     wants_uniform : bool
         Whether what a norm between the layers has to undo takes a moment of its own.
+    held : list of (Seen, int)
+        What is not summed up yet, batch by batch, and images or sequences of the model in it.
     """
 
     def __init__(self, model: nn.Module, site: GrowthSite, kernel: str, batch_dim: int = 0) -> None:
@@ -112,6 +152,7 @@ class Probe:
         self.hidden_positions = self.output_positions = 1
         self._all_once = self.kernel == "linear" or (self.kernel == "center" and _reads_all_once(self.layers.consumer))
         self.wants_uniform = self.layers.between.norm is not None and not self.needs_ones
+        self.held: list[tuple[Seen, int]] = []
         self.forget()
 
     def forget(self, arrived: Callable[[Tensor], None] | None = None) -> None:
@@ -150,6 +191,7 @@ class Probe:
             for handle in handles:
                 handle.remove()
             self.forget()
+            self.held.clear()
 
     def _see(self, name: str, value: Tensor) -> None:
         if name in self._seen:
@@ -173,7 +215,7 @@ class Probe:
             )
         return self._edge
 
-    def receive(self, gradient: Tensor, batch_size: int, seed: float, mean: bool) -> None:
+    def receive(self, gradient: Tensor, batch_size: int, seed: float, mean: bool) -> Seen:
         """Take ∂L/∂z, times `seed`, and make x, h and v of it."""
         for name, (value, version) in self._seen.items():
             if value._version != version:
@@ -183,18 +225,18 @@ class Probe:
         x, h, v = x.to(dtype), h.to(dtype), v.to(dtype)
         self.forget()
         producer, consumer = self.layers.producer, self.layers.consumer
-        self._flags: dict[str, Any] = {"x_bias": producer.bias is not None, "h_bias": consumer.bias is not None}
-        self._raw = x
+        flags: dict[str, Any] = {"x_bias": producer.bias is not None, "h_bias": consumer.bias is not None}
         if isinstance(producer, nn.Linear):
             x, h, v = (self._as_rows(t) for t in (x, h, v))
+            raw = x
             self.hidden_positions = self.output_positions = max(len(x) // batch_size, 1)
         else:
             if x.dim() != 4:
                 raise ValueError(
                     f"{self.site.producer} reads an input of shape {tuple(x.shape)}; expected (B, C, H, W)"
                 )
-            x, geometry, ones, size = self._hidden(x, self.layers.between.pools)
-            self._flags["x_bias"] = ones
+            raw = x
+            x, geometry, flags["x_bias"], size = self._hidden(x, self.layers.between.pools)
             if h[0].numel() != self.layers.units * size[0] * size[1] or (h.dim() == 4 and h.shape[2:] != size):
                 name = self.site.consumer
                 raise ValueError(
@@ -205,23 +247,36 @@ class Probe:
                 reads = ConvGeometry(size)
             else:
                 reads = _geometry(consumer)
-            self._flags |= {"producer": geometry, "consumer": reads, "kernel": self.kernel}
+            flags |= {"producer": geometry, "consumer": reads, "kernel": self.kernel}
             self.output_positions = v.shape[2] * v.shape[3]
-        self.rows = len(x)
-        factor = -self.rows / seed if mean else -1 / seed
-        self.operands = (x, h, v * factor if factor != 1 else v)
+        return Seen(x, raw if self.wants_uniform else x, h, v * (-len(x) / seed if mean else -1 / seed), flags)
+
+    def hold(self, seen: Seen, batch_size: int) -> bool:
+        """Hold what is seen of a batch; tell whether all that is held is as many numbers by now as N has."""
+        self.held.append((seen, batch_size))
+        if sum(each.numbers for each, _ in self.held) >= self.entries:
+            return True
+        self.held[-1] = seen.kept(), batch_size
+        return False
 
     def _as_rows(self, t: Tensor) -> Tensor:
         """Features as rows (n, features), those of one image or sequence side by side."""
         return t.movedim(self._batch_dim, 0).reshape(-1, t.shape[-1]) if t.dim() > 2 else t.reshape(-1, t.shape[-1])
 
     def calls(self) -> dict[str, Call]:
-        """Count a batch, and give what to sum up: "moments", and "uniform" where that of a norm is not among them."""
-        self.count += self.rows
-        self.samples += self.rows * (1 if self.kernel == "linear" else self.output_positions)
-        calls = {"moments": Call(*self.operands, **self._flags | ({"x_bias": True} if self.needs_ones else {}))}
+        """Count what is held, and give what to sum up of it.
+
+        Returns
+        -------
+        dict of str to Call
+            "moments", and "uniform" where that of a norm is not among them.
+        """
+        seen = joined([each for each, _ in self.held])
+        self.count += len(seen.x)
+        self.samples += len(seen.x) * seen.v.shape[2:].numel()
+        calls = {"moments": seen.call(x_bias=True) if self.needs_ones else seen.call()}
         if self.wants_uniform:
-            calls["uniform"] = self._uniform()
+            calls["uniform"] = self._uniform(seen)
         return calls
 
     @property
@@ -237,31 +292,33 @@ class Probe:
         outputs = len(consumer.weight) if self.kernel == "center" else consumer.weight.numel() // self.layers.units
         return producer.weight[0].numel() * outputs
 
-    def residuals(self, update: Tensor, draws: Draws | None, batch_size: int) -> Iterator[tuple[int, Residual]]:
-        """Give what to sum up for N, with random signs by class of samples if there are draws."""
+    def residuals(self, update: Tensor, draws: Draws | None) -> Iterator[tuple[int, Residual]]:
+        """Give what to sum up for N of what is held, with random signs by class of samples if there are draws."""
+        seen = joined([each for each, _ in self.held])
         if draws is None:
-            yield 0, Residual(Call(*self.operands, **self._flags), update)
+            yield 0, Residual(seen.call(), update)
             return
-        # An image is worth a sign of its own.
-        run = rows_per_sign(self.rows, batch_size, self.count if self.kernel == "linear" else 0)
-        for number, rows, signs in draws.parts(self.rows, run):
-            if self.kernel != "linear":
+        linear = self.kernel == "linear"
+        for number, rows, signs, run in joined_parts(self._parts(draws)):
+            if not linear:  # an image is worth a sign of its own
                 signs = signs.repeat_interleave(run, dim=1)[:, : rows.stop - rows.start]
             signs = signs.to(update.device, non_blocking=True)
-            x, h, v = (each[rows] for each in self.operands)
-            call = Call(x, h, v, **self._flags)
-            yield number, Residual(call, update, signs, run if self.kernel == "linear" else 1)
+            call = Call(seen.x[rows], seen.h[rows], seen.v[rows], **seen.flags)
+            yield number, Residual(call, update, signs, run if linear else 1)
 
-    def release(self) -> None:
-        """Let go of the operands of the last batch."""
-        self.operands = self._raw = None  # type: ignore[assignment]
+    def _parts(self, draws: Draws) -> Iterator[Part]:
+        begun = 0
+        for each, batch_size in self.held:
+            run = rows_per_sign(len(each.x), batch_size, self.count if self.kernel == "linear" else 0)
+            for part in draws.parts(len(each.x), run):
+                yield part._replace(rows=slice(begun + part.rows.start, begun + part.rows.stop))
+            begun += len(each.x)
 
-    def _uniform(self) -> Call:
+    def _uniform(self, seen: Seen) -> Call:
         if self.kernel == "linear":
-            x = self.operands[0]
-            return Call(x, x[:, :0], x[:, :0], x_bias=True)
+            return Call(seen.x, seen.x[:, :0], seen.x[:, :0], x_bias=True)
         between = self.layers.between
-        x, geometry, _, size = self._hidden(self._raw, between.pools[: between.pools_before_norm])
+        x, geometry, _, size = self._hidden(seen.raw, between.pools[: between.pools_before_norm])
         nothing = x.new_empty(len(x), 0, *size)
         return Call(x, nothing, nothing, geometry, ConvGeometry(1), x_bias=True)
 
@@ -319,7 +376,7 @@ def _averaged(x: Tensor, window: tuple[int, int]) -> Tensor:
         count = x.shape[dim] - length + 1
         shifted = [x.narrow(dim, shift, count) for shift in range(length)]
         x = functools.reduce(torch.add, shifted)
-    return x / math.prod(window)
+    return x.div_(math.prod(window))
 
 
 def _pooled(pool: Pool, size: tuple[int, int]) -> tuple[int, int]:

@@ -174,21 +174,20 @@ def _of_columns(a: Tensor, cut: Tensor) -> tuple[Tensor, Tensor] | None:
         fresh = fresh @ (vectors[:, apart] * w[apart].rsqrt())
         columns = torch.cat([columns, fresh], 1)
         left -= fresh.square().sum(1)
-    settled = False
     for _ in range(4):
         basis = torch.linalg.qr(columns)[0]
         columns = a @ basis
         w, vectors = ops.eigh(basis.mT @ columns)
         kept = w > cut
-        if settled:  # and so is one power further
+        beyond = _outside(basis, columns @ (vectors[:, kept] / w[kept]))  # which one more product adds
+        if float(beyond.norm()) <= 1e-4:
             break
-        settled = float(_outside(basis, columns @ vectors[:, kept] / w[kept]).norm()) <= 1e-4
     else:
         return None
     missed = largest_eigenvalue(lambda b: _outside(basis, a @ _outside(basis, b)), torch.ones_like(a[:, :1]), 8)
     if missed[0] > 0.5 * cut:  # little of each feature may be much of a direction
         return None
-    return w[kept], basis @ vectors[:, kept]
+    return w[kept], beyond.addmm_(basis, vectors[:, kept])
 
 
 def _outside(basis: Tensor, b: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def sign_of_rows(draws: int, batches: list[int], run: int = 1, seed: int = 0) ->
     source, found = Draws(draws, 1, sum(batches), seed), []
     of_classes = sign_matrix(draws, source.classes)
     for size in batches:
-        for number, part, signs in source.parts(size, run):
+        for number, part, signs, _ in source.parts(size, run):
             of_rows = signs.to(F64).repeat_interleave(run, 1)[:, : part.stop - part.start]
             found.append(of_classes[:, number : number + len(signs)] @ of_rows)
     return torch.cat(found, 1)

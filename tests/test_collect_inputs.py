@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict, namedtuple
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from conftest import CLASSES, F64, FAMILIES, close, mlp, vgg
 from torch import Tensor, nn
 
 import growkern as gk
-from growkern import GrowthSite
+from growkern import GrowthSite, ops
 from growkern.batches import to_device
+from growkern.probe import Seen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,6 +80,39 @@ def test_generator_is_read_once_and_both_passes_see_the_same() -> None:
     assert moments.count == 50
     expected = moments.xv - moments.xh @ torch.linalg.solve(moments.hh, moments.hv)
     close(moments.xr, expected, 1e-8)
+
+
+class Reuses(nn.Module):
+    """Convolutions that read a place in memory which every batch is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 50, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.place = torch.zeros(4, 3, 6, 6, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.place[: len(x), :, : x.shape[2]].copy_(x)
+        return self.b(F.avg_pool2d(F.relu(self.norm(self.a(read))), 2)).sum((2, 3))
+
+
+@pytest.mark.parametrize(("kernel", "numbers"), [("full", Seen.numbers), ("center", 0)])
+def test_few_samples_wait_for_more_that_fit(kernel: str, numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that five batches of maps of two sizes are summed in two calls, to what they are one by one."""
+    calls: list[int] = []
+    together = ops.moments.grouped_moments
+    monkeypatch.setattr(ops.moments, "grouped_moments", lambda some: calls.append(len(some)) or together(some))
+    model = Reuses().double()
+    site = GrowthSite("a", "b", ("norm", "relu()", "avg_pool2d(kernel_size=2)"))
+    batches = [(torch.randn(n, 3, size, 6, dtype=F64), None) for n, size in ((4, 6), (3, 6), (1, 6), (2, 4), (4, 4))]
+    found = []
+    for number, sums in ((numbers, 2), (2**30, 5)):
+        monkeypatch.setattr(Seen, "numbers", number)
+        calls.clear()
+        found.append(gk.collect(model, [site], batches, lambda z, _: z.pow(4).sum() / len(z), kernel=kernel)["a"])
+        assert len(calls) == sums
+    for key, value in found[0].tensors().items():
+        close(value, found[1].tensors()[key], 1e-10)
 
 
 def test_loader_and_several_inputs() -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import growkern as gk
+import growkern.passes
 from growkern import GrowthSite
 from growkern.eval_mode import fixed_norms
+from growkern.passes import Recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,8 +85,11 @@ def test_dropout_is_off_and_the_random_stream_goes_on() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_no_graph_is_kept() -> None:
+@pytest.mark.parametrize("passes", [1, 2])
+def test_no_graph_is_kept(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither after measuring nor, of the batch before, while the next one runs."""
+    if passes == 2:
+        monkeypatch.setattr(Recording, "add", lambda *_: None)
     model = FAMILIES["resnet"].build()
     batches = FAMILIES["resnet"].batches(4, 4, 4)
     sites = gk.find_sites(model, batches[0][0])
@@ -106,8 +111,41 @@ def test_no_graph_is_kept() -> None:
         left_over.append(sum(ref() is not None for ref in alive))
     finally:
         gc.enable()
-    assert len(alive) == 6
-    assert left_over == [0] * 7
+    assert len(alive) == 3 * passes
+    assert left_over == [0] * len(left_over)
+
+
+class Counts(nn.Module):
+    """Calls another model, if it is to on a copy of the batch in a place that the next one is written to as well."""
+
+    def __init__(self, model: nn.Module, reuses: bool) -> None:
+        super().__init__()
+        self.model, self.reuses, self.calls, self.place = model, reuses, 0, torch.zeros(40, 6, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(self.place[: len(x)].copy_(x) if self.reuses else x)
+
+
+@pytest.mark.parametrize(("room", "reuses", "passes"), [(2**20, False, 1), (2**20, True, 2), (-7, False, 2)])
+def test_models_run_once_where_there_is_room_for_what_sites_see(
+    room: int, reuses: bool, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But twice where they write to it; the moments are the same."""
+    model = Counts(mlp().double(), reuses)
+    batches = FAMILIES["mlp"].batches(40, 30, dtype=F64)
+    sites = [
+        GrowthSite(f"model.{each.producer}", f"model.{each.consumer}", tuple(f"model.{b}" for b in each.between))
+        for each in gk.find_sites(model.model, batches[0][0])
+    ]
+    monkeypatch.setattr(growkern.passes, "_SUMS", room)  # sizes of N, besides 8 for draws
+    found = gk.collect(model, sites, batches, F.cross_entropy)
+    assert model.calls == 2 * passes
+    monkeypatch.setattr(Recording, "add", lambda *_: None)
+    for name, moments in gk.collect(model, sites, batches, F.cross_entropy).items():
+        for key, value in moments.tensors().items():
+            close(found[name].tensors()[key], value, 1e-12)
+    assert model.calls == 2 * passes + 4
 
 
 def test_what_was_seen_goes_with_the_graph() -> None:

@@ -14,6 +14,7 @@ import growkern as gk
 import growkern.draws
 from growkern.chance import deviations
 from growkern.draws import Draws, rows_per_sign
+from growkern.probe import Seen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,11 +23,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("name", "kernel"), [("linear", "full"), ("tokens", "full"), ("conv", "full"), ("conv", "center")]
 )
-@pytest.mark.parametrize(("few", "wide"), [(0, 2**21), (2**22, 2**21), (0, 0)])
+@pytest.mark.parametrize(
+    ("few", "wide", "waits"),
+    [(0, 2**21, False), (2**22, 2**21, False), (0, 0, False), (0, 2**21, True), (2**22, 2**21, True)],
+)
 def test_a_draw_is_a_sum_under_known_signs(
-    name: str, kernel: str, sizes: tuple[int, ...], draws: int, few: int, wide: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    kernel: str,
+    sizes: tuple[int, ...],
+    draws: int,
+    few: int,
+    wide: int,
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also of batches of one image, of fewer images than classes, and where the draws are no power of two."""
+    if waits:  # until the end of a pass
+        monkeypatch.setattr(Seen, "numbers", 0)
     monkeypatch.setattr(growkern.draws, "_FEW", few)
     monkeypatch.setattr(growkern.draws, "_WIDE", wide)
     net = NETS[name]()
@@ -61,10 +74,10 @@ def test_classes_divide_the_samples_in_order(batches: list[int], run: int) -> No
     draws, count, ends, owners = Draws(32, 2**30, sum(batches), 0), sum(batches), [], []
     for size in batches:
         parts = list(draws.parts(size, run))
-        assert [part.start for _, part, _ in parts] == [0, *(part.stop for _, part, _ in parts[:-1])]
+        assert [part.start for _, part, *_ in parts] == [0, *(part.stop for _, part, *_ in parts[:-1])]
         assert parts[-1][1].stop == size
-        assert all(part.stop % run == 0 for _, part, _ in parts[:-1])
-        for number, part, signs in parts:
+        assert all(part.stop % run == 0 for _, part, *_ in parts[:-1])
+        for number, part, signs, _ in parts:
             assert signs.shape == (1, -(-(part.stop - part.start) // run))
             assert signs.abs().eq(1).all()
             owners.append(number)

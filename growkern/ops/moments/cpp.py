@@ -141,9 +141,9 @@ def _convolution_residual(h: Tensor, v: Tensor, update: Tensor, consumer: ConvGe
     dtype = result_dtype(h.dtype)
     update = update.to(dtype)
     features = h.shape[1] * consumer.taps
-    residual = v.to(dtype) - update[:, features:].unflatten(1, (-1, 1, 1)).sum(1) if bias else v.to(dtype)
-    if not residual.numel() or not features:
-        return residual
+    shift = update[:, features:].flatten() if bias else None
+    if not v.numel() or not features:
+        return v.to(dtype) if shift is None else v.to(dtype) - shift[:, None, None]
     extra = [int(v.shape[2 + axis] > consumer.output_length(axis, h.shape[2 + axis])) for axis in (0, 1)]
     h = F.pad(h.to(dtype), (0, extra[1], 0, extra[0])) if any(extra) else h.to(dtype)
     weight = update[:, :features].unflatten(1, (-1, *consumer.kernel_size))
@@ -151,10 +151,11 @@ def _convolution_residual(h: Tensor, v: Tensor, update: Tensor, consumer: ConvGe
     before = settings.fp32_precision
     settings.fp32_precision = "ieee"
     try:
-        read = F.conv2d(h, weight, None, consumer.stride, consumer.padding, consumer.dilation)
+        read = F.conv2d(h, weight, shift, consumer.stride, consumer.padding, consumer.dilation)
     finally:
         settings.fp32_precision = before
-    return residual - read[..., : v.shape[2], : v.shape[3]]
+    read = read[..., : v.shape[2], : v.shape[3]]
+    return torch.sub(v, read, out=read)  # in its memory: most of the time of a new tensor goes to page faults
 
 
 def _draws(signs: Tensor | None, x: Tensor) -> Tensor:
