@@ -45,6 +45,8 @@ def bottlenecks(
     loss_fn: LossFn,
     *,
     sites: Sequence[GrowthSite] | None = None,
+    reduction: str = "mean",
+    batch_dim: int = 0,
 ) -> Bottlenecks:
     """Measure where a network is held back, without changing it.
 
@@ -54,6 +56,8 @@ def bottlenecks(
         As in `collect`.
     sites : sequence of GrowthSite, optional
         Where to look; by default everywhere.
+    reduction, batch_dim
+        As in `collect`.
 
     Returns
     -------
@@ -67,10 +71,10 @@ def bottlenecks(
     RuntimeError
         As `find_sites` does.
     """
-    passes = Passes(model, batches, loss_fn)
+    passes = Passes(model, batches, loss_fn, reduction, batch_dim=batch_dim)
     rows = []
     places = reachable_sites(passes, "full") if sites is None else sites
-    moments = collect(model, places, passes.batches, loss_fn)
+    moments = collect(model, places, passes.batches, loss_fn, reduction=reduction, batch_dim=batch_dim)
     for name, new in solve(moments).items():
         share = new.bottleneck / (new.bottleneck + new.reachable or 1.0)
         row = {

@@ -127,7 +127,10 @@ class Moments(Brief):
     def load(cls, path: str | os.PathLike[str]) -> Moments:
         """Read what `save` wrote; a file that is not that, whole, is a ValueError."""
         tensors, facts = storage.read(path, "moments")
-        return cls(GrowthSite(**facts.pop("site")), **(facts | tensors))
+        try:
+            return cls(GrowthSite(**facts.pop("site")), **(facts | tensors))
+        except TypeError:
+            raise ValueError(f"path: {path} holds moments of another version of growkern; measure them anew") from None
 
 
 def collect(

@@ -1,6 +1,7 @@
 """One growth step: what is chosen, what is accepted, and that a rejection leaves no trace."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -302,6 +303,18 @@ def test_bottlenecks_looks_and_does_not_touch():
     assert len(lines) == 3
     assert [r["bottleneck"] for r in table.rows] == sorted((r["bottleneck"] for r in table.rows), reverse=True)
     torch.testing.assert_close(before, model.state_dict(), rtol=0, atol=0)
+
+
+def test_bottlenecks_reads_sums_of_sequences_in_any_order():
+    model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    x, y = torch.randn(40, 6, 5, dtype=torch.float64), torch.randn(40, 6, 3, dtype=torch.float64)
+    total = functools.partial(F.mse_loss, reduction="sum")
+    (expected,) = gk.bottlenecks(model, [(x, y)], total, reduction="sum").rows
+    swapped = [(x.transpose(0, 1), y.transpose(0, 1))]
+    (row,) = gk.bottlenecks(model, swapped, total, reduction="sum", batch_dim=1).rows
+    assert row == pytest.approx(expected)
+    (mean,) = gk.bottlenecks(model, swapped, F.mse_loss, batch_dim=1).rows
+    assert mean["bottleneck"] == pytest.approx(row["bottleneck"] / 3**2)  # a mean over rows of the mean of 3 outputs
 
 
 class Noisy(nn.Module):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import growkern as gk
-from growkern import GrowthSite, Moments
+from growkern import GrowthSite, Moments, storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,6 +110,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         Moments.load(path)
     save_file({"xx": torch.ones(2)}, path, metadata={"growkern.moments": json.dumps({"site": "a"})})
     with pytest.raises(ValueError, match=r"path: .*moments"):
+        Moments.load(path)
+    storage.write(path, "moments", {"xx": torch.ones(2, 2)}, {"site": {"producer": "0", "consumer": "2"}, "spin": 1})
+    with pytest.raises(ValueError, match=r"path: .*moments holds moments of another version"):
         Moments.load(path)
     with pytest.raises(FileNotFoundError):
         Moments.load(tmp_path / "nothing")
