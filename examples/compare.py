@@ -190,7 +190,7 @@ def picture(rows, lines, title, path):
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     colours = {"grown": "#1b7f5c", "fixed": "#44519e", "tiny": "#c9622b"}
-    marks = {"grown": "o", "fixed": "s", "tiny": "^"}
+    marks = {"grown": ("o", 6), "fixed": ("s", 11), "tiny": ("^", 8)}
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 4.4), squeeze=False, layout="constrained")
     for name, axis in zip(names, axes[0], strict=True):
@@ -202,7 +202,9 @@ def picture(rows, lines, title, path):
                 axis.plot(sizes, scores, color=colours[kind], alpha=0.4, linewidth=1.3)
             at = [row["parameters"] for row in some], [row["accuracy"] for row in some]
             label = f"{kind}: {line['accuracy']:.1f} ± {line['spread']:.1f} %"
-            axis.plot(*at, marks[kind], color=colours[kind], markersize=8, markeredgecolor="white", label=label)
+            face = "none" if kind == "fixed" else colours[kind]  # a frame, as grown networks end where they are
+            mark, size = marks[kind]
+            axis.plot(*at, mark, color=colours[kind], markersize=size, markerfacecolor=face, label=label)
         axis.set(title=name.upper(), xlabel="parameters", xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
